@@ -1,0 +1,1 @@
+"""The DMV network in plain PyTorch."""

@@ -1,0 +1,150 @@
+"""Candidate gather: retrieved values, weighted and joined with the query's part (paper section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmv_fast.ops.backends import check_backend
+
+
+def gather_reference(
+    values: Tensor, null_value: Tensor, query_part: Tensor, indices: Tensor, scores: Tensor
+) -> Tensor:
+    """The specification: rows = K * scores / sum(scores) * value + query_part."""
+    weights = scores * (scores.shape[-1] / scores.sum(-1, keepdim=True))
+    selected = _select(values, indices)
+    selected = torch.where((indices < 0).unsqueeze(-1), null_value, selected).float()
+    return (weights.unsqueeze(-1) * selected + query_part.float().unsqueeze(2)).to(values.dtype)
+
+
+def _flat_rows(indices: Tensor, count: int) -> Tensor:
+    """indices (B, M, K) of one batch item's rows -> rows of the (B * N, ...) matrix; the null column becomes 0."""
+    first_row = torch.arange(indices.shape[0], device=indices.device).view(-1, 1, 1) * count
+    return (indices.clamp(min=0).long() + first_row).flatten()
+
+
+def _select(values: Tensor, indices: Tensor) -> Tensor:
+    if values.shape[1] == 0:
+        return values.new_zeros(*indices.shape, values.shape[2])
+    rows = _flat_rows(indices, values.shape[1])
+    return values.reshape(-1, values.shape[2]).index_select(0, rows).view(*indices.shape, values.shape[2])
+
+
+_library = torch.library.Library("dmv_fast", "FRAGMENT")
+_library.define(
+    "gather_candidates(Tensor values, Tensor null_value, Tensor query_part, Tensor indices, Tensor scores,"
+    " str backend) -> Tensor"
+)
+_gather = torch.ops.dmv_fast.gather_candidates.default
+
+
+@torch.library.impl(_library, "gather_candidates", "CompositeExplicitAutograd")
+def _run(
+    values: Tensor, null_value: Tensor, query_part: Tensor, indices: Tensor, scores: Tensor, backend: str
+) -> Tensor:
+    backend = check_backend(backend, values.device.type)
+    arguments = (values, null_value, query_part, indices, scores)
+    if backend == "cpu":
+        return torch.ops.dmv_fast.gather_candidates_cpu.default(*arguments)
+    if backend == "triton":
+        from dmv_fast.kernels.gather import gather_candidates as gather_triton
+
+        return gather_triton(*arguments)
+    if backend == "cuda" and hasattr(torch.ops.dmv_fast, "gather_candidates_cuda"):
+        return torch.ops.dmv_fast.gather_candidates_cuda.default(*arguments)
+    return gather_reference(*arguments)
+
+
+@torch.library.register_fake("dmv_fast::gather_candidates", lib=_library)
+def _fake(
+    values: Tensor, null_value: Tensor, query_part: Tensor, indices: Tensor, scores: Tensor, backend: str
+) -> Tensor:
+    return values.new_empty(*indices.shape, values.shape[2])
+
+
+def _save(ctx, inputs, output) -> None:
+    values, null_value, query_part, indices, scores, _backend = inputs
+    ctx.save_for_backward(values, null_value, indices, scores)
+    ctx.query_dtype = query_part.dtype
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """w_c = K s_c / S, S = sum s: dv = w_c g, dq = sum_c g, ds_c = K / S (g.v_c - sum_j w_j g.v_j / K)."""
+    values, null_value, indices, scores = ctx.saved_tensors
+    batch, count, width = values.shape
+    k = scores.shape[-1]
+    grad = grad.float()  # (B, M, K, C)
+    scale = k / scores.sum(-1, keepdim=True)
+    is_null = (indices < 0).unsqueeze(-1)
+    weighted = (scores * scale).unsqueeze(-1) * grad
+    grad_null = (weighted * is_null).sum((0, 1, 2)).to(null_value.dtype)
+    grad_values = grad.new_zeros(batch * count, width)
+    if count:
+        rows = _flat_rows(indices, count)
+        grad_values = grad_values.index_add(0, rows, weighted.masked_fill(is_null, 0.0).view(-1, width))
+    selected = torch.where(is_null, null_value, _select(values, indices)).float()
+    along = (grad * selected).sum(-1)  # (B, M, K)
+    grad_scores = scale * (along - (along * scores * scale).sum(-1, keepdim=True) / k)
+    grad_query = grad.sum(2).to(ctx.query_dtype)
+    return grad_values.view(values.shape).to(values.dtype), grad_null, grad_query, None, grad_scores, None
+
+
+torch.library.register_autograd("dmv_fast::gather_candidates", _backward, setup_context=_save, lib=_library)
+
+
+def _check(values: Tensor, null_value: Tensor, query_part: Tensor, indices: Tensor, scores: Tensor) -> None:
+    if values.dim() != 3:
+        raise ValueError(f"values: has shape {tuple(values.shape)}, it should be (B, N, C)")
+    if indices.dim() != 3:
+        raise ValueError(f"indices: has shape {tuple(indices.shape)}, it should be (B, M, K)")
+    batch, _, width = values.shape
+    places = indices.shape[1]
+    for name, tensor, shape in (
+        ("null_value", null_value, (width,)),
+        ("query_part", query_part, (batch, places, width)),
+        ("indices", indices, (batch, places, indices.shape[2])),
+        ("scores", scores, tuple(indices.shape)),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, it should be {shape}")
+    for name, tensor, dtype in (
+        ("null_value", null_value, values.dtype),
+        ("query_part", query_part, values.dtype),
+        ("indices", indices, torch.int32),
+        ("scores", scores, torch.float32),
+    ):
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: is {tensor.dtype}, it should be {dtype}")
+        if tensor.device != values.device:
+            raise ValueError(f"{name}: is on {tensor.device}, it should be on {values.device} as values is")
+
+
+def gather_candidates(
+    values: Tensor,  # (B, N, C)
+    null_value: Tensor,  # (C,)
+    query_part: Tensor,  # (B, M, C)
+    indices: Tensor,  # (B, M, K)
+    scores: Tensor,  # (B, M, K)
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The voting net's input rows, straight from what ``retrieve`` returned (paper section 3.3).
+
+    rows[b, m, c] = K * scores[b, m, c] / sum(scores[b, m]) * value + query_part[b, m], where value is
+    values[b, indices[b, m, c]], or null_value for index -1. float32 inside.
+
+    Args:
+        values: (B, N, C) float32, bfloat16 or float16.
+        null_value: (C,), query_part: (B, M, C): dtype and device of values.
+        indices: (B, M, K) int32, -1 or 0..N-1. scores: (B, M, K) float32.
+        backend: as for ``retrieve``.
+
+    Returns:
+        rows: (B, M, K, C), dtype of values. Differentiable in everything but indices.
+
+    Raises:
+        ValueError: naming the argument, what it is and what it should be.
+    """
+    _check(values, null_value, query_part, indices, scores)
+    return _gather(values, null_value, query_part, indices, scores, backend)

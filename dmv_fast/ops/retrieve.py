@@ -1,0 +1,150 @@
+"""Retrieval: the K highest columns of softmax([0, q.k1 .. q.kN]) for every query (paper section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmv_fast.ops.backends import check_backend
+
+MAX_K = 32
+MAX_D = 512
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def retrieve_reference(query: Tensor, keys: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The specification: the whole score matrix, softmax over [null, keys], top-k."""
+    logits = query.float() @ keys.float().mT
+    if valid is not None:
+        absent = torch.arange(keys.shape[1], device=keys.device) >= valid[:, None, None]
+        logits = logits.masked_fill(absent, -torch.inf)
+    logits = torch.cat([logits.new_zeros(*logits.shape[:2], 1), logits], dim=-1)
+    top, columns = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    scores = torch.exp(top - logits.logsumexp(dim=-1, keepdim=True))
+    indices = torch.where(top == -torch.inf, -1, columns - 1).int()
+    missing = (0, k - scores.shape[-1])
+    return torch.nn.functional.pad(scores, missing), torch.nn.functional.pad(indices, missing, value=-1)
+
+
+_library = torch.library.Library("dmv_fast", "FRAGMENT")
+_library.define(
+    "retrieve(Tensor query, Tensor keys, int k, Tensor? valid, str backend) -> (Tensor scores, Tensor indices)"
+)
+_retrieve = torch.ops.dmv_fast.retrieve.default
+
+
+@torch.library.impl(_library, "retrieve", "CompositeExplicitAutograd")
+def _run(query: Tensor, keys: Tensor, k: int, valid: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    device_type = query.device.type
+    backend = check_backend(backend, device_type)
+    if valid is not None and device_type == "cpu":  # reading it on another device would wait for that device
+        counts = valid.tolist()
+        if min(counts, default=0) < 0 or max(counts, default=0) > keys.shape[1]:
+            raise ValueError(f"valid: holds {counts}, it should lie in 0..{keys.shape[1]}, the number of keys")
+    if backend == "reference" or keys.shape[1] == 0:
+        return retrieve_reference(query, keys, k, valid)
+    if backend == "triton":
+        from dmv_fast.kernels.retrieve import retrieve as retrieve_triton
+
+        return retrieve_triton(query, keys, k, valid)
+    operator = torch.ops.dmv_fast.retrieve_cpu if backend == "cpu" else torch.ops.dmv_fast.retrieve_cuda
+    return operator.default(query, keys, k, valid)
+
+
+@torch.library.register_fake("dmv_fast::retrieve", lib=_library)
+def _fake(query: Tensor, keys: Tensor, k: int, valid: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], query.shape[1], k)
+    return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int32)
+
+
+def _save(ctx, inputs, output) -> None:
+    query, keys, *_ = inputs
+    scores, indices = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(query, keys, scores, indices)
+
+
+def _backward(ctx, grad_scores: Tensor, _grad_indices) -> tuple[Tensor | None, ...]:
+    """ds_c/dx_j = s_c (1[c = j] - s_j) over the selected columns c, j; the other columns count as constants.
+
+    That is the exact gradient wherever the scores are used renormalised over the selected columns (the
+    softmax's denominator cancels), and wherever every column is selected. It never forms an M x N matrix.
+    """
+    query, keys, scores, indices = ctx.saved_tensors
+    batch, count, depth = keys.shape
+    grad = scores * (grad_scores - (grad_scores * scores).sum(-1, keepdim=True))
+    grad = grad.masked_fill(indices < 0, 0.0).unsqueeze(-1)  # (B, M, K, 1); the null logit is the constant 0
+    first_row = torch.arange(batch, device=keys.device).view(-1, 1, 1) * count
+    rows = (indices.clamp(min=0).long() + first_row).flatten()
+    selected = keys.reshape(-1, depth).index_select(0, rows).view(*indices.shape, depth)
+    grad_query = (grad * selected.float()).sum(2).to(query.dtype)
+    spread = (grad * query.float().unsqueeze(2)).view(-1, depth)
+    grad_keys = spread.new_zeros(batch * count, depth).index_add(0, rows, spread)
+    return grad_query, grad_keys.view(keys.shape).to(keys.dtype), None, None, None
+
+
+torch.library.register_autograd("dmv_fast::retrieve", _backward, setup_context=_save, lib=_library)
+
+
+def _check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None) -> None:
+    for name, tensor, shape in (("query", query, "(B, M, D)"), ("keys", keys, "(B, N, D)")):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, it should be {shape}")
+    batch, _, depth = query.shape
+    if keys.shape[0] != batch or keys.shape[2] != depth:
+        raise ValueError(f"keys: has shape {tuple(keys.shape)}, it should be ({batch}, N, {depth}) as query says")
+    if not 1 <= depth <= MAX_D:
+        raise ValueError(f"query: has shape {tuple(query.shape)}, its last dimension should be 1..{MAX_D}")
+    if query.dtype not in DTYPES:
+        raise ValueError(f"query: is {query.dtype}, it should be float32, bfloat16 or float16")
+    if keys.dtype != query.dtype:
+        raise ValueError(f"keys: is {keys.dtype}, it should be {query.dtype} as query is")
+    if keys.device != query.device:
+        raise ValueError(f"keys: is on {keys.device}, it should be on {query.device} as query is")
+    if not 1 <= k <= MAX_K:
+        raise ValueError(f"k: is {k}, it should be 1..{MAX_K}")
+    if isinstance(valid, int) and not 0 <= valid <= keys.shape[1]:
+        raise ValueError(f"valid: is {valid}, it should be 0..{keys.shape[1]}, the number of keys")
+    if isinstance(valid, Tensor):
+        if valid.dtype != torch.int32 or valid.shape != (batch,):
+            raise ValueError(
+                f"valid: is {valid.dtype} of shape {tuple(valid.shape)}, it should be torch.int32 of ({batch},)"
+            )
+        if valid.device != query.device:
+            raise ValueError(f"valid: is on {valid.device}, it should be on {query.device} as query is")
+
+
+def retrieve(
+    query: Tensor,  # (B, M, D)
+    keys: Tensor,  # (B, N, D)
+    k: int,
+    *,
+    valid: Tensor | int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The k highest columns of softmax([0, query . keys]) for each query (paper section 3.2).
+
+    Args:
+        query: (B, M, D) float32, bfloat16 or float16, D in 1..512.
+        keys: (B, N, D), same dtype and device: the memory bank itself, it is not copied.
+        k: columns to return, 1..32.
+        valid: how many leading keys exist: None (all), an int, or an int32 tensor (B,) on the same device
+            (on a CUDA device its values are the caller's promise: checking them would wait for the device).
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        scores: (B, M, k) float32, highest first; softmax over the null column (logit 0) and all valid keys.
+        indices: (B, M, k) int32; -1 is the null column, else 0..N-1. Where fewer than k columns exist the
+            rest is score 0, index -1.
+
+    The set is an exact top-k of the float32 logits. Same inputs, same bits out. A row with a NaN or infinite
+    logit has a NaN score, no other row has. Gradients reach query and keys through the selected columns, see
+    ``_backward``.
+
+    Raises:
+        ValueError: naming the argument, what it is and what it should be.
+    """
+    _check(query, keys, k, valid)
+    if isinstance(valid, int):
+        keys, valid = keys[:, :valid], None
+    return _retrieve(query, keys, k, valid, backend)

@@ -1,0 +1,1 @@
+"""Data, augmentation, loss and loop."""

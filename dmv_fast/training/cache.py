@@ -1,0 +1,79 @@
+"""layer3 features of a fixed set of samples on disk: with a frozen stem they never change.
+
+Training on a CPU becomes practical with them: the stem, a third of a frame's work, is paid once a crop
+instead of once a step, and so is making the crop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dmv_fast.model.dmv import DMV
+from dmv_fast.training.data import SampleStream
+from dmv_fast.vision.crop import normalise
+
+
+class FeatureCache:
+    """`features.f16` (S, N, C3, 32, 32) in a memory map and `boxes.npy` (S, N, 4), filled in order.
+
+    An interrupted fill goes on where it stopped; a cache of another recipe is refused.
+    """
+
+    def __init__(self, folder: Path, samples: int, frames: int, channels: int, *, tag: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.shape = folder, (samples, frames, channels, 32, 32)
+        note = folder / "cache.json"
+        wanted = {"shape": list(self.shape), "tag": tag}
+        if note.is_file() and json.loads(note.read_text())["wanted"] != wanted:
+            raise ValueError(
+                f"{folder}: holds the features of another recipe; remove the folder to start anew"
+            )
+        self._note, self._wanted = note, wanted
+        self.filled = json.loads(note.read_text())["filled"] if note.is_file() else 0
+        mode = "r+" if (folder / "features.f16").is_file() else "w+"
+        self.features = np.memmap(folder / "features.f16", np.float16, mode, shape=self.shape)
+        self.boxes = np.memmap(folder / "boxes.f32", np.float32, mode, shape=(samples, frames, 4))
+
+    def fill(
+        self, model: DMV, stream: SampleStream, *, precision: torch.dtype, progress: bool = True
+    ) -> None:
+        """Compute what is missing. One sample of the stream gives one row."""
+        rows = tqdm(
+            range(self.filled, self.shape[0]), initial=self.filled, total=self.shape[0], desc="features",
+            disable=not progress, mininterval=2.0,
+        )  # fmt: skip
+        device = model.read.null_value.device
+        for row in rows:
+            sample = stream[row]
+            crops = normalise(torch.from_numpy(sample.crops).to(device)).contiguous(
+                memory_format=torch.channels_last
+            )
+            with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                layer3 = model.backbone.stem(crops)
+            self.features[row] = layer3.float().cpu().numpy()
+            self.boxes[row] = np.where(sample.present[:, None], sample.boxes, np.nan)
+            self.filled = row + 1
+            if self.filled % 50 == 0 or self.filled == self.shape[0]:
+                self._save_note()
+
+    def _save_note(self) -> None:
+        self.features.flush()
+        self.boxes.flush()
+        part = self._note.with_suffix(".part")
+        part.write_text(json.dumps({"wanted": self._wanted, "filled": self.filled}))
+        os.replace(part, self._note)
+
+    def __len__(self) -> int:
+        return self.filled
+
+    def take(self, row: int, frames: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Chosen frames of one sample: layer3 features (n, C3, 32, 32) bfloat16, boxes (n, 4)."""
+        features = torch.from_numpy(self.features[row][frames]).bfloat16()
+        return features, torch.from_numpy(self.boxes[row][frames])

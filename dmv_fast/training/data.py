@@ -1,0 +1,169 @@
+"""Training samples: N search crops of one target with its boxes (paper 3.4), an endless stream by index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dmv_fast.training.augment import develop, random_look
+from dmv_fast.training.catalog import Catalog, load_catalog
+from dmv_fast.training.follow import tracked_window, window_for
+from dmv_fast.training.scenes import make_scenes
+from dmv_fast.training.synth import Scene, Shot, draw
+from dmv_fast.vision.crop import CROP_SIZE, Window, search_window
+
+MIX = {"paste": 0.45, "photo": 0.22, "clip": 0.25, "region": 0.08}
+SEEN = 0.35  # share of the target that must be visible in the crop for it to count as present
+_HINT = 0.08  # a lesser share than this is as good as absent; what lies between is drawn again
+_MIN_CONTRAST = 10.0  # standard deviation within an exemplar's box, grey levels
+_TRIES = 100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """N frames of one target, in time order; frame 0 is the exemplar.
+
+    crops: (N, 256, 256, 3) uint8 BGR. boxes: (N, 4) float32 xywh in crop pixels, continuous, NaN where the
+    target is absent; a box may reach over the crop's edge. present: (N,) bool, at least 35 % of the
+    target is visible in the crop.
+    """
+
+    crops: np.ndarray
+    boxes: np.ndarray
+    present: np.ndarray
+
+
+@lru_cache(maxsize=8)
+def _catalog(root: Path, held_out: bool) -> Catalog:
+    return load_catalog(root, held_out=held_out)
+
+
+class SampleStream:
+    """Endless training samples from a folder: `stream[index]` depends on (seed, index) and the folder alone.
+
+    root: see `dmv_fast.training.catalog`. frames: N, the exemplar included. max_skip: most frames between two
+    of a sample. mix: weights of "paste", "photo", "clip", "region" (default `MIX`); a kind that the
+    folder has no material for is left out. held_out: draw from the fixed part of the folder kept for
+    validation, which a stream with held_out=False never touches.
+
+    Raises ValueError for a bad argument or a folder with nothing usable, FileNotFoundError when it is none.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        seed: int,
+        frames: int,
+        max_skip: int = 100,
+        mix: dict[str, float] | None = None,
+        held_out: bool = False,
+    ) -> None:
+        if frames < 1:
+            raise ValueError(f"frames: {frames}, it should be 1 or more")
+        if max_skip < 1:
+            raise ValueError(f"max_skip: {max_skip}, it should be 1 or more")
+        mix = dict(MIX if mix is None else mix)
+        if unknown := set(mix) - set(MIX):
+            raise ValueError(f"mix: no kind of sample is called {sorted(unknown)}; there are {sorted(MIX)}")
+        self.root, self.seed, self.frames = Path(root), seed, frames
+        self.max_skip, self.held_out = max_skip, held_out
+        catalog = _catalog(self.root, held_out)
+        stock = {
+            "paste": catalog.cutouts, "photo": catalog.objects, "clip": catalog.clips, "region": catalog.plain,
+        }
+        self.mix = {kind: weight for kind, weight in mix.items() if weight > 0 and stock[kind]}
+        if not self.mix:
+            raise ValueError(f"root: {self.root} holds no material for any of {sorted(mix)}")
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < 0:
+            raise IndexError(f"index: {index}, it should be 0 or more")
+        rng = np.random.default_rng([self.seed, index, int(self.held_out)])
+        catalog = _catalog(self.root, self.held_out)
+        weights = np.array(list(self.mix.values()))
+        kind = list(self.mix)[rng.choice(len(weights), p=weights / weights.sum())]
+        for _ in range(_TRIES):
+            made = make_scenes(rng, catalog, kind, self.frames, self.max_skip)
+            if made is None or not made[0][0].in_view:
+                continue
+            sample = _shoot(rng, *made)
+            if sample is not None:
+                return sample
+        raise RuntimeError(f"no usable sample of kind {kind!r} in {_TRIES} draws from {self.root}")
+
+
+def _shoot(rng: np.random.Generator, scenes: list[Scene], times: np.ndarray) -> Sample | None:
+    """Crops of the scenes as a tracker sees them; None when the exemplar does not show its target."""
+    count = len(scenes)
+    look = random_look(rng, times)
+    crops = np.empty((count, CROP_SIZE, CROP_SIZE, 3), np.uint8)
+    boxes = np.full((count, 4), np.nan, np.float32)
+    present = np.zeros(count, bool)
+    last = scenes[0].box
+    for i, scene in enumerate(scenes):
+        if i == 0:
+            window, shot = _exemplar(scene)
+        else:
+            window, shot = _instance(rng, scene, last)
+        crops[i] = develop(shot, look, i, rng)
+        if scene.in_view:
+            last = scene.box
+            if shot.share >= SEEN:
+                boxes[i], present[i] = window.to_crop(scene.box), True
+        if i == 0 and not (present[0] and _distinct(crops[0], boxes[0])):
+            return None
+    if look.flip:
+        crops = np.ascontiguousarray(crops[:, :, ::-1])
+        boxes[:, 0] = CROP_SIZE - boxes[:, 0] - boxes[:, 2]
+    return Sample(crops, boxes, present)
+
+
+def _exemplar(scene: Scene) -> tuple[Window, Shot]:
+    """The first frame, exactly around the box; nobody starts a tracker on a covered target."""
+    window = search_window(scene.box)
+    shot = draw(scene, window)
+    if shot.share < 0.9 and len(scene.layers) > scene.target + 1:
+        scene.layers = scene.layers[: scene.target + 1]
+        shot = draw(scene, window)
+    return window, shot
+
+
+def _instance(rng: np.random.Generator, scene: Scene, last: np.ndarray) -> tuple[Window, Shot]:
+    window = window_for(rng, scene, last)
+    shot = draw(scene, window)
+    if scene.in_view and _HINT < shot.share < SEEN:
+        window = tracked_window(rng, scene.box)
+        shot = draw(scene, window)
+    return window, shot
+
+
+def _distinct(crop: np.ndarray, box: np.ndarray) -> bool:
+    """Whether there is anything to see in the box: not near black, not all one colour."""
+    x, y = np.maximum(box[:2], 0).astype(int)
+    x1, y1 = np.minimum(box[:2] + box[2:], CROP_SIZE).astype(int)
+    return bool(crop[y:y1, x:x1].std((0, 1)).mean() > _MIN_CONTRAST)
+
+
+def contact_sheet(samples: list[Sample]) -> np.ndarray:
+    """A picture of what the network sees, uint8 BGR: a row a sample, boxes drawn, absent frames framed in red."""
+    rows = []
+    for sample in samples:
+        cells = []
+        for crop, box, present in zip(sample.crops, sample.boxes, sample.present, strict=True):
+            cell = crop.copy()
+            if present:
+                x, y, w, h = box
+                low = (round(float(x) * 16 - 8), round(float(y) * 16 - 8))
+                high = (round(float(x + w) * 16 - 8), round(float(y + h) * 16 - 8))
+                cv2.rectangle(cell, low, high, (0, 255, 0), 1, cv2.LINE_AA, 4)
+            else:
+                cv2.rectangle(cell, (1, 1), (CROP_SIZE - 2, CROP_SIZE - 2), (0, 0, 255), 3)
+            cells.append(cv2.copyMakeBorder(cell, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(255, 255, 255)))
+        rows.append(np.hstack(cells))
+    width = max(row.shape[1] for row in rows)
+    return np.vstack([cv2.copyMakeBorder(r, 0, 0, 0, width - r.shape[1], cv2.BORDER_CONSTANT) for r in rows])

@@ -1,0 +1,102 @@
+"""What a training run is: one YAML file, read into one frozen dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dmv_fast.model.dmv import DMVConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults are the paper's section 3.4 where it says; the rest is ours."""
+
+    model: DMVConfig = field(default_factory=DMVConfig)
+    pretrained: str | None = None
+    """ImageNet weights of conv1 to layer3 (safetensors); relative to the recipe or the data folder."""
+    freeze_stem: bool = False
+    """Train neither conv1 to layer3 nor their batch norms."""
+    cached_samples: int = 0
+    """With a frozen stem: draw this many samples once and keep their layer3 features on disk (0: stream)."""
+
+    steps: int = 32_000
+    batch: int = 16
+    """Samples a step over all devices."""
+    frames: tuple[int, ...] = (2, 3, 4, 5)
+    """N at each stage of training."""
+    frames_every: int = 6400
+    """Steps of a stage; the last stage goes on to the end."""
+    max_skip: int = 100
+    mix: dict[str, float] | None = None
+    """Shares of the sample sources; None: the data's own default."""
+    candidates: tuple[int, ...] = (4,)
+    """K of a step is drawn from these, so that one checkpoint serves every K."""
+    write_truth: float = 0.0
+    """Share of the memory writes that hold the true box instead of the prediction ..."""
+    write_wrong: float = 0.0
+    """... and of those that hold a wrong one: the vote must learn to overrule them."""
+
+    optimiser: str = "sgd"
+    """"sgd" (momentum 0.9) or "adamw"."""
+    learning_rate: float = 1e-3
+    backbone_rate: float = 1.0
+    """Learning rate of the backbone relative to the rest."""
+    weight_decay: float = 5e-4
+    schedule: str = "decay"
+    """"decay": times 0.95 every 6400 steps; "cosine": to zero at the end, after a warm-up of 200 steps."""
+    clip_norm: float = 10.0
+    box_weight: float = 1.0
+    """Lambda of eq. 2."""
+    ema: float = 0.999
+    precision: str = "bfloat16"
+    """Autocast type of the forward pass, or "float32"."""
+    seed: int = 0
+    checkpoint_minutes: float = 3.0
+    validate_samples: int = 64
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("optimiser", ("sgd", "adamw")),
+            ("schedule", ("decay", "cosine")),
+            ("precision", ("float32", "bfloat16", "float16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"recipe: {name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        if not self.frames or min(self.frames) < 2:
+            raise ValueError(f"recipe: frames is {self.frames}; a sample needs at least 2 frames")
+        if self.cached_samples and not self.freeze_stem:
+            raise ValueError("recipe: cached_samples needs freeze_stem: features of a moving stem grow stale")
+
+    def frames_at(self, step: int) -> int:
+        """N at a step."""
+        return self.frames[min(step // self.frames_every, len(self.frames) - 1)]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a YAML recipe; unknown names are errors."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"recipe {path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path}: not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"recipe {path}: it must be a mapping of names to values")
+    settings: dict[str, Any] = dict(raw)
+    try:
+        if "model" in settings:
+            settings["model"] = _build(DMVConfig, settings["model"])
+        return _build(Recipe, settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recipe {path}: {error}") from None
+
+
+def _build(kind: type, settings: dict[str, Any]):
+    unknown = set(settings) - {f.name for f in fields(kind)}
+    if unknown:
+        raise ValueError(f"unknown setting {sorted(unknown)[0]!r}")
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})

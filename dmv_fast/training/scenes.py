@@ -1,0 +1,271 @@
+"""Four ways to make N scenes of one target: a photograph that moves, a cut-out that moves over another
+picture, a real clip, and a region of a photograph without annotations."""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+
+from dmv_fast.training import geometry as geo
+from dmv_fast.training.catalog import Catalog, Clip, PhotoObject, read_clip_frame, read_photo
+from dmv_fast.training.clutter import add_distractors, add_occluder, ellipse, outline_of
+from dmv_fast.training.synth import Layer, Picture, Scene, cut_out
+
+# shares of the samples of a kind
+OCCLUDED = {"photo": 0.2, "paste": 0.35, "clip": 0.15, "region": 0.15}
+DISTRACTED = {"photo": 0.3, "paste": 0.65}
+RIPPLED = {"photo": 0.3, "paste": 0.5, "region": 0.3}
+LEAVES = 0.15  # of cut-outs, with three frames or more
+STREAKED = 0.08  # of the frames of a cut-out: it moves during the exposure
+CLIP_BEHIND = 0.2  # of cut-outs: over a real clip; else over a photograph
+MEANINGLESS = "seg"  # label of segments that are often a part of something: taken less often
+
+Made = tuple[list[Scene], np.ndarray]
+
+
+def make_scenes(rng: np.random.Generator, catalog: Catalog, kind: str, frames: int, max_skip: int) -> Made | None:
+    """N = `frames` scenes of one target and their times (N,); None when the draw was no good (draw again).
+
+    kind: "photo", "paste", "clip" or "region".
+    """
+    if kind == "clip":
+        return _clip(rng, catalog, frames, max_skip)
+    times = geo.random_times(rng, frames, max_skip)
+    maker = {"photo": _photo, "paste": _paste, "region": _region}[kind]
+    scenes = maker(rng, catalog, times)
+    return None if scenes is None else (scenes, times)
+
+
+# --- a photograph that moves ---
+
+
+def _photo(rng: np.random.Generator, catalog: Catalog, times: np.ndarray) -> list[Scene] | None:
+    number = int(rng.integers(len(catalog.objects)))
+    target = catalog.objects[number]
+    photo = catalog.photos[target.photo]
+    box = np.array(target.box)
+    # a target too large for its photograph leaves a crop that is mostly beyond the frame
+    around = np.concatenate([geo.centre(box) - 2 * math.sqrt(box[2] * box[3]), [4 * math.sqrt(box[2] * box[3])] * 2])
+    covered = np.prod(geo.clip_box(around, photo.width, photo.height)[2:]) / np.prod(around[2:])
+    if rng.random() > max(covered**2, 0.1) * (0.4 if target.label == MEANINGLESS else 1.0):
+        return None
+    image = read_photo(photo)
+    parts = outline_of(target)
+    others = [geo.centre(np.array(catalog.objects[o].box)) for o in catalog.together[target.photo] if o != number]
+    turn = 0.2 if target.polygons else 0.04
+    scenes = _moving_photo(rng, image, parts, times, turn=turn, rippled=RIPPLED["photo"], others=others)
+    if target.polygons and rng.random() < DISTRACTED["photo"]:
+        add_distractors(rng, catalog, scenes, times, target, cut_out(image, parts))
+    if rng.random() < OCCLUDED["photo"]:
+        add_occluder(rng, catalog, scenes, times)
+    return scenes
+
+
+def _region(rng: np.random.Generator, catalog: Catalog, times: np.ndarray) -> list[Scene] | None:
+    image = read_photo(catalog.photos[catalog.plain[rng.integers(len(catalog.plain))]])
+    box = _salient_box(rng, image)
+    if box is None:
+        return None
+    scenes = _moving_photo(rng, image, [ellipse(box)], times, turn=0.05, rippled=RIPPLED["region"], others=[])
+    if rng.random() < OCCLUDED["region"]:
+        add_occluder(rng, catalog, scenes, times)
+    return scenes
+
+
+def _salient_box(rng: np.random.Generator, image: np.ndarray) -> np.ndarray | None:
+    """Of twenty random boxes the one that differs most from what surrounds it; None where all is even."""
+    height, width = image.shape[:2]
+    sums = cv2.integral(cv2.GaussianBlur(image, (0, 0), 2).astype(np.float32)).astype(np.float64)
+
+    def total(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
+        x0, x1 = (int(min(max(v, 0), width)) for v in (x0, x1))
+        y0, y1 = (int(min(max(v, 0), height)) for v in (y0, y1))
+        pixels = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]
+        return np.append(pixels, (x1 - x0) * (y1 - y0))
+
+    best, best_contrast = None, 25.0
+    for _ in range(20):
+        size = math.exp(rng.uniform(math.log(28), math.log(max(0.4 * min(width, height), 29))))
+        aspect = math.exp(np.clip(rng.normal(0, 0.35), -1, 1))
+        w, h = size * math.sqrt(aspect), size / math.sqrt(aspect)
+        x, y = rng.uniform(0, max(width - w, 1)), rng.uniform(0, max(height - h, 1))
+        inner = total(x, y, x + w, y + h)
+        ring = total(x - w / 3, y - h / 3, x + w * 4 / 3, y + h * 4 / 3) - inner
+        contrast = np.abs(inner[:3] / max(inner[3], 1) - ring[:3] / max(ring[3], 1)).sum()
+        if contrast > best_contrast and x + w <= width and y + h <= height:
+            best, best_contrast = np.array([x, y, w, h]), contrast
+    return best
+
+
+def _moving_photo(
+    rng: np.random.Generator,
+    image: np.ndarray,
+    parts: list[np.ndarray],
+    times: np.ndarray,
+    *,
+    turn: float,
+    rippled: float,
+    others: list[np.ndarray],
+) -> list[Scene]:
+    """Scenes of a photograph under a moving camera: zoom, turn (radians), stretch, shear, distortion.
+
+    The frame is the photograph's extent, on some sides more: there the photograph goes on mirrored,
+    if the target is far enough from that side for its mirror image to be a thing of its own.
+    """
+    picture = Picture(image, parts)
+    box = geo.bounds(np.concatenate(parts))
+    size = math.sqrt(box[2] * box[3])
+    zoom = math.exp(rng.uniform(math.log(min(max(20 / size, 0.4), 1.0)), 0))
+    extent = np.array([image.shape[1], image.shape[0]], dtype=np.float64)
+    room = np.concatenate([box[:2], extent - box[:2] - box[2:]]) > 0.35 * size
+    margin = room * rng.uniform(0, 2.0 * size, 4) * (rng.random() < 0.7)
+    frame = tuple(np.round((extent + margin[:2] + margin[2:]) * zoom).tolist())
+    middle = (geo.centre(box) + margin[:2]) * zoom
+    path = geo.smooth_path(rng, times, 6) * (0.15, turn, 0.14, 0.07, 0.3 * size * zoom, 0.3 * size * zoom)
+    first_aspect = math.exp(rng.normal(0, 0.1))
+    ripples = _ripples(rng, times, size * 1.5, rippled)
+    scenes = []
+    for ripple, (grow, angle, aspect, shear, x, y) in zip(ripples, path, strict=True):
+        scale = zoom * math.exp(grow)
+        matrix = geo.linear(angle, first_aspect * math.exp(aspect), shear) @ geo.stretch(scale, scale)
+        base = Layer(picture, geo.about(matrix, geo.centre(box), middle + (x, y)), ripple)
+        scenes.append(Scene(base, frame, haunts=[geo.apply(base.to_frame, p) for p in others]))
+    return scenes
+
+
+def _ripples(rng: np.random.Generator, times: np.ndarray, size: float, share: float) -> list[geo.Ripple | None]:
+    if rng.random() >= share:
+        return [None] * len(times)
+    return list(geo.ripple_path(rng, times, size, rng.uniform(0.01, 0.05)))
+
+
+# --- a cut-out that moves over another picture ---
+
+
+def _paste(rng: np.random.Generator, catalog: Catalog, times: np.ndarray) -> list[Scene] | None:
+    target = catalog.objects[catalog.cutouts[rng.integers(len(catalog.cutouts))]]
+    if target.label == MEANINGLESS and rng.random() < 0.5:
+        return None
+    sprite = cut_out(read_photo(catalog.photos[target.photo]), outline_of(target))
+    if sprite.area < 0.2 * target.box[2] * target.box[3]:  # scattered bits
+        return None
+    own = math.sqrt(target.box[2] * target.box[3])
+    size = min(math.exp(rng.uniform(math.log(20), math.log(110))), 1.3 * own)
+    frame = np.round(size * math.exp(rng.uniform(math.log(7), math.log(18))) * np.array([1, rng.uniform(0.55, 0.8)]))
+    backs = _backdrop(rng, catalog, times, target, frame, size)
+    layers = _moving_cutout(rng, sprite, times, _places(rng, times, frame, size), size / own)
+    scenes = [Scene(b, tuple(frame.tolist()), [layer], 0) for b, layer in zip(backs, layers, strict=True)]
+    if not scenes[0].in_view:
+        return None
+    if rng.random() < DISTRACTED["paste"]:
+        add_distractors(rng, catalog, scenes, times, target, sprite)
+    if rng.random() < OCCLUDED["paste"]:
+        add_occluder(rng, catalog, scenes, times)
+    return scenes
+
+
+def _moving_cutout(
+    rng: np.random.Generator, sprite: Picture, times: np.ndarray, places: np.ndarray, scale: float
+) -> list[Layer]:
+    """The target at `places` (N, 2), growing, turning, stretching, bending and relit as time goes."""
+    turn = rng.choice([0.08, 0.35, 1.0], p=[0.6, 0.3, 0.1])
+    path = geo.smooth_path(rng, times, 5) * (0.25, turn, 0.16, 0.08, rng.uniform(0, 0.2))
+    tint = rng.normal(0, 0.1, 3)
+    whole = geo.bounds(np.concatenate(sprite.parts))
+    ripples = _ripples(rng, times, math.sqrt(whole[2] * whole[3]), RIPPLED["paste"])
+    first = geo.linear(rng.normal(0, 0.08), math.exp(rng.normal(0, 0.1)), 0)
+    layers = []
+    for place, ripple, (grow, angle, aspect, shear, light) in zip(places, ripples, path, strict=True):
+        zoom = scale * math.exp(grow)
+        matrix = geo.linear(angle, math.exp(aspect), shear) @ first @ geo.stretch(zoom, zoom)
+        to_frame = geo.about(matrix, geo.centre(whole), place)
+        streak = rng.normal(0, 0.1 * math.sqrt(whole[2] * whole[3]) * zoom, 2) if rng.random() < STREAKED else None
+        layers.append(Layer(sprite, to_frame, ripple, np.exp(tint + light), streak))
+    return layers
+
+
+def _backdrop(
+    rng: np.random.Generator, catalog: Catalog, times: np.ndarray, target: PhotoObject, frame: np.ndarray, size: float
+) -> list[Layer]:
+    """N layers that lie behind: a photograph that the camera pans, turns and zooms over, or a real clip."""
+    camera = geo.smooth_path(rng, times, 4) * (0.6 * size, 0.6 * size, 0.05, 0.1)
+    if catalog.clips and rng.random() < CLIP_BEHIND:
+        clip = catalog.clips[rng.integers(len(catalog.clips))]
+        room = len(clip.tracks[0]) - 1
+        start = rng.integers(0, room + 1)
+        numbers = np.minimum(start + times, room) if rng.random() < 0.5 else np.maximum(start - times, 0)
+        pictures = [Picture(read_clip_frame(clip, int(n))) for n in numbers]
+    else:
+        pictures = [Picture(read_photo(catalog.photos[_other_photo(rng, catalog, target)]))] * len(times)
+    extent = np.array(pictures[0].pixels.shape[1::-1], dtype=np.float64)
+    zoom = math.exp(rng.uniform(math.log(0.7), math.log(1.6)))
+    if (extent * zoom < frame / 2).any():  # no hall of mirrors
+        zoom = float((frame / 2 / extent).max())
+    layers = []
+    for picture, (x, y, angle, grow) in zip(pictures, camera, strict=True):
+        matrix = geo.linear(angle, 1.0, 0.0) @ geo.stretch(zoom * math.exp(grow), zoom * math.exp(grow))
+        layers.append(Layer(picture, geo.about(matrix, extent / 2, frame / 2 + (x, y))))
+    return layers
+
+
+def _other_photo(rng: np.random.Generator, catalog: Catalog, target: PhotoObject) -> int:
+    if catalog.plain and rng.random() < 0.5:
+        return catalog.plain[rng.integers(len(catalog.plain))]
+    index = int(rng.integers(len(catalog.photos)))
+    return (index + 1) % len(catalog.photos) if index == target.photo else index
+
+
+def _places(rng: np.random.Generator, times: np.ndarray, frame: np.ndarray, size: float) -> np.ndarray:
+    """Centres (N, 2) of the target in the frame, smooth in time; some leave the frame and come back."""
+    rim = np.minimum(0.45 * size, frame / 2)
+    start = frame * (0.5 + np.clip(rng.normal(0, 0.2, 2), -0.5, 0.5))
+    path = np.clip(start, rim, frame - rim) + geo.smooth_path(rng, times, 2) * np.minimum(1.5 * size, 0.25 * frame)
+    path = np.clip(path, rim, frame - rim)
+    count = len(times)
+    if count >= 3 and rng.random() < LEAVES:
+        first = int(rng.integers(1, count))
+        last = int(rng.integers(first, count))
+        axis, end = int(rng.integers(2)), int(rng.integers(2))
+        path[first : last + 1, axis] = end * frame[axis] + (2 * end - 1) * size * rng.uniform(0.6, 2.0)
+    return path
+
+
+# --- a real clip ---
+
+
+def _clip(rng: np.random.Generator, catalog: Catalog, frames: int, max_skip: int) -> Made | None:
+    weights = np.array([_clip_weight(c) for c in catalog.clips])
+    clip = catalog.clips[rng.choice(len(weights), p=weights / weights.sum())]
+    track = clip.tracks[rng.integers(len(clip.tracks))]
+    known = np.flatnonzero(np.isfinite(track[:, 0]))
+    numbers = known[_steps(rng, len(known), frames, max_skip)]
+    stretched = geo.linear(0, math.exp(rng.normal(0, 0.1)), 0)
+    scenes = []
+    for number in numbers:
+        image = read_clip_frame(clip, int(number))
+        size = geo.apply(stretched, np.array([image.shape[1], image.shape[0]], dtype=np.float64))
+        others = [t[number] for t in clip.tracks if t is not track and np.isfinite(t[number]).all()]
+        haunts = [geo.apply(stretched, geo.centre(box)) for box in others]
+        picture = Picture(image, [geo.corners(track[number])])
+        scenes.append(Scene(Layer(picture, stretched), tuple(size.tolist()), haunts=haunts))
+    times = np.abs(numbers - numbers[0])
+    if scenes[0].in_view and rng.random() < OCCLUDED["clip"]:
+        add_occluder(rng, catalog, scenes, times)
+    return scenes, times
+
+
+def _steps(rng: np.random.Generator, known: int, frames: int, max_skip: int) -> np.ndarray:
+    """Which of `known` frames to take, (frames,) in time order or wholly reversed, with random skips."""
+    limit = min(max_skip, max(1, int(1.5 * known / frames)))
+    chosen = np.concatenate([[0], np.cumsum(rng.integers(1, limit + 1, frames - 1))])
+    if chosen[-1] >= known:  # too few frames for these skips: spread over all of them, repeating if need be
+        chosen = np.round(chosen * ((known - 1) / chosen[-1])).astype(int)
+    chosen = chosen + rng.integers(0, known - chosen[-1])
+    return chosen[::-1] if rng.random() < 0.5 else chosen
+
+
+def _clip_weight(clip: Clip) -> float:
+    """Longer clips give more; a street full of people counts once, not once a person."""
+    return min(float(max(np.isfinite(t[:, 0]).sum() for t in clip.tracks)), 60.0)

@@ -1,0 +1,116 @@
+"""One training sample through time: predict, write what was predicted, predict again (paper section 3.4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dmv_fast.model.dmv import DMV, Prediction
+from dmv_fast.training.loss import frame_loss
+from dmv_fast.training.recipe import Recipe
+from dmv_fast.vision import boxes as box_ops
+from dmv_fast.vision.crop import CROP_SIZE, normalise
+
+
+class Outcome(NamedTuple):
+    """Loss of a batch, and what one wants to see of it. Scalars."""
+
+    loss: Tensor
+    centre: Tensor
+    box: Tensor
+    iou: Tensor
+    """Mean IoU of the highest-scored boxes with the truth, where the target is present."""
+    score_present: Tensor
+    score_absent: Tensor
+    """Mean highest score of frames with and without the target."""
+
+
+class Unroll(nn.Module):
+    """The loss of whole samples as one module, so that DDP wraps one forward pass."""
+
+    def __init__(self, model: DMV, recipe: Recipe):
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+
+    def train(self, mode: bool = True) -> Unroll:
+        super().train(mode)
+        if mode and self.recipe.freeze_stem:  # the statistics of a frozen stem stay what they were
+            for stage in (self.model.backbone.bn1, *_stem_layers(self.model)):
+                stage.eval()
+        return self
+
+    def forward(self, frames: Tensor, boxes: Tensor, k: int, generator: torch.Generator) -> Outcome:
+        """frames: crops (B, N, 256, 256, 3) uint8 BGR, or layer3 features (B, N, C3, 32, 32);
+        boxes (B, N, 4) xywh in crop pixels, NaN where the target is absent.
+        """
+        model, N = self.model, frames.shape[1]
+        features = self._features(frames).unflatten(0, frames.shape[:2])  # (B, N, D, H, W)
+        memory = [model.remember(features[:, 0], *model.exact_maps(boxes[:, 0]))]
+        rows: list[tuple[Tensor, ...]] = []
+        for t in range(1, N):
+            keys = torch.cat([keys for keys, _ in memory], 1)
+            values = torch.cat([values for _, values in memory], 1)
+            prediction = model(features[:, t], keys, values, k=k)
+            loss = frame_loss(prediction, boxes[:, t], model.anchors, box_weight=self.recipe.box_weight)
+            # Section 3.4: the further from the first frame, the more a loss weighs; the mean weight is 1.
+            rows.append(
+                (loss.total * (2 * t / N), loss.centre, loss.box, *self._measure(prediction, boxes[:, t]))
+            )
+            if t + 1 < N:
+                scores, deltas = self._written(prediction, boxes[:, t], generator)
+                memory.append(model.remember(features[:, t], scores, deltas))
+        total, centre, box, iou, score = (torch.stack(column) for column in zip(*rows, strict=True))
+        present = boxes[:, 1:].isfinite().all(-1).T  # (N - 1, B)
+        return Outcome(
+            total.mean(), centre.mean().detach(), box.mean().detach(), _mean(iou, present),
+            _mean(score, present), _mean(score, ~present),
+        )  # fmt: skip
+
+    def _features(self, frames: Tensor) -> Tensor:
+        backbone = self.model.backbone
+        if frames.dtype != torch.uint8:
+            return backbone.tail(frames.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        crops = normalise(frames.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.recipe.freeze_stem):
+            layer3 = backbone.stem(crops)
+        return backbone.tail(layer3)
+
+    @torch.no_grad()
+    def _measure(self, prediction: Prediction, box: Tensor) -> tuple[Tensor, Tensor]:
+        """IoU (B,) of the highest-scored box with the truth, and its score (B,)."""
+        score, best = prediction.logits.float().sigmoid().flatten(1).max(1)
+        decoded = self.model.decode(prediction.deltas.float()).flatten(1, 3)  # (B, A * M, 4)
+        chosen = decoded.gather(1, best[:, None, None].expand(-1, 1, 4))[:, 0]
+        return box_ops.iou(chosen, box).nan_to_num(0), score
+
+    @torch.no_grad()
+    def _written(
+        self, prediction: Prediction, box: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """What the memory is told of a frame: mostly the prediction, at times the truth or something wrong."""
+        scores, deltas = prediction.logits.float().sigmoid(), prediction.deltas.float()
+        truth, wrong = self.recipe.write_truth, self.recipe.write_wrong
+        if truth + wrong == 0:
+            return scores, deltas
+        draw = torch.rand(len(box), generator=generator).to(box.device)
+        place = torch.rand(len(box), 2, generator=generator).to(box.device) * (CROP_SIZE - 64)
+        elsewhere = torch.cat([place, box[:, 2:].nan_to_num(64.0)], 1)
+        told = torch.where((draw < wrong)[:, None], elsewhere, box)
+        exact_scores, exact_deltas = self.model.exact_maps(told)
+        exact = draw < truth + wrong
+        return (
+            torch.where(exact[:, None, None, None], exact_scores, scores),
+            torch.where(exact[:, None, None, None, None], exact_deltas, deltas),
+        )
+
+
+def _stem_layers(model: DMV) -> tuple[nn.Module, ...]:
+    return model.backbone.layer1, model.backbone.layer2, model.backbone.layer3
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the masked values; NaN where none."""
+    return (values * mask).sum() / mask.sum()

@@ -1,0 +1,1 @@
+"""Boxes, crops, video in and out."""

@@ -1,0 +1,86 @@
+"""The search crop: which square of a frame the network sees, and the way back (design: SiamFC's scaling)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+CROP_SIZE = 256
+_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB
+_STD = (0.229, 0.224, 0.225)
+_MEAN_SAMPLES = 100  # rows and columns looked at for the frame's mean colour: exact enough, free on 8K frames
+
+
+@dataclass(frozen=True)
+class Window:
+    """An integer square of a frame, in frame pixels; it may reach outside the frame.
+
+    Integer corners make the crop an exact copy plus one resize, so the map between crop and frame
+    coordinates is exact: `to_frame(to_crop(box)) == box`.
+    """
+
+    x0: int
+    y0: int
+    side: int
+
+    def to_crop(self, box: np.ndarray | Sequence[float], size: int = CROP_SIZE) -> np.ndarray:
+        """Frame boxes (..., 4) xywh -> boxes in pixels of the resized crop, float64."""
+        box = np.asarray(box, dtype=np.float64)
+        return (box - (self.x0, self.y0, 0, 0)) * (size / self.side)
+
+    def to_frame(self, box: np.ndarray | Sequence[float], size: int = CROP_SIZE) -> np.ndarray:
+        """Inverse of `to_crop`."""
+        box = np.asarray(box, dtype=np.float64)
+        return box * (self.side / size) + (self.x0, self.y0, 0, 0)
+
+
+def search_window(box: Sequence[float], *, scale: float = 1.0) -> Window:
+    """The square of side 2 sqrt((w + p)(h + p)), p = (w + h) / 2, around a box xywh.
+
+    After the resize to 256 the target is about 64 pixels large. `scale` > 1 widens the search.
+    """
+    x, y, w, h = (float(v) for v in box)
+    p = (w + h) / 2
+    side = max(4, round(2 * scale * math.sqrt((w + p) * (h + p))))
+    return Window(round(x + w / 2 - side / 2), round(y + h / 2 - side / 2), side)
+
+
+def mean_colour(image: np.ndarray) -> np.ndarray:
+    """Mean colour (C,) of a frame HWC, from a regular sample of its pixels."""
+    step_y = max(1, image.shape[0] // _MEAN_SAMPLES)
+    step_x = max(1, image.shape[1] // _MEAN_SAMPLES)
+    return image[::step_y, ::step_x].reshape(-1, image.shape[2]).mean(0)
+
+
+def cut(image: np.ndarray, window: Window, size: int = CROP_SIZE) -> np.ndarray:
+    """The window's pixels resized: HWC uint8 BGR frame -> (size, size, 3) uint8 BGR.
+
+    Outside the frame: the frame's mean colour. Shrinking averages areas (no aliasing), growing is bilinear.
+    """
+    height, width = image.shape[:2]
+    left, top = max(window.x0, 0), max(window.y0, 0)
+    right, bottom = min(window.x0 + window.side, width), min(window.y0 + window.side, height)
+    if right - left == window.side and bottom - top == window.side:
+        patch = image[top:bottom, left:right]
+    else:
+        patch = np.empty((window.side, window.side, 3), np.uint8)
+        patch[:] = mean_colour(image).round().astype(np.uint8)
+        if right > left and bottom > top:
+            inside = image[top:bottom, left:right]
+            patch[top - window.y0 : bottom - window.y0, left - window.x0 : right - window.x0] = inside
+    method = cv2.INTER_AREA if window.side > size else cv2.INTER_LINEAR
+    return cv2.resize(patch, (size, size), interpolation=method)
+
+
+def normalise(crops: Tensor) -> Tensor:
+    """uint8 BGR crops (B, H, W, 3) -> float32 RGB (B, 3, H, W), ImageNet mean and deviation."""
+    rgb = crops.flip(-1).permute(0, 3, 1, 2).float() / 255
+    mean = torch.tensor(_MEAN, device=crops.device).view(3, 1, 1)
+    std = torch.tensor(_STD, device=crops.device).view(3, 1, 1)
+    return (rgb - mean) / std

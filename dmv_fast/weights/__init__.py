@@ -1,0 +1,165 @@
+"""Checkpoints: where they are, how they are checked, how they become a network.
+
+A checkpoint is one safetensors file; its metadata holds the network's configuration as JSON, so that it
+needs no second file to be loaded. Shipped checkpoints stand beside this file, each with its sha256 in
+`SHA256SUMS` and a model card NAME.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dmv_fast.model.dmv import DMV, DMVConfig
+
+FOLDER = Path(__file__).parent
+SUMS = FOLDER / "SHA256SUMS"
+_CONFIG_KEY = "dmv_fast.config"
+_STEM = ("conv1", "bn1", "layer1", "layer2", "layer3")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the reason."""
+
+
+def known() -> list[str]:
+    """Names of the checkpoints that are shipped with this installation."""
+    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+
+
+def find(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file of a shipped name ("dmv18") or of a path to a .safetensors file."""
+    text = os.fspath(name_or_path)
+    shipped = FOLDER / f"{text}.safetensors"
+    if "/" not in text and os.sep not in text and shipped.is_file():
+        return shipped
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    shipped_names = ", ".join(known()) or "none"
+    raise CheckpointError(f"weights {text!r}: no such file, and not a shipped checkpoint ({shipped_names})")
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32, k: int | None = None,
+) -> DMV:  # fmt: skip
+    """A checkpoint as a network in evaluation mode.
+
+    Args:
+        name_or_path: a shipped name (see `known`) or a .safetensors file that `save_model` wrote.
+        k: candidates K, 1..32, instead of the checkpoint's own.
+
+    Raises:
+        CheckpointError: (a ValueError) not found, truncated, not a DMV checkpoint, sha256 does not match.
+    """
+    path = find(name_or_path)
+    _check_sum(path)
+    tensors, config = _read(path)
+    if k is not None:
+        config = {**config, "candidates": k}
+    model = DMV(_to_config(path, config))
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"weights {path}: do not fit the network they name: {first}") from None
+    return model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+
+
+def save_model(model: DMV, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16) -> str:
+    """Write a checkpoint (atomically); returns its sha256. Batch-norm statistics keep float32."""
+    path = Path(path)
+    tensors = {name: _stored(name, tensor, dtype) for name, tensor in model.state_dict().items()}
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, part, metadata={_CONFIG_KEY: json.dumps(asdict(model.config))})
+    os.replace(part, path)
+    return sha256(path)
+
+
+def load_pretrained(model: DMV, path: str | os.PathLike[str]) -> None:
+    """Fill conv1 to layer3 of the backbone from an ImageNet file with torchvision's key names."""
+    path = Path(path)
+    tensors, _ = _read(path, want_config=False)
+    weights = {name: tensor.float() for name, tensor in tensors.items()}
+    try:
+        missing, unexpected = model.backbone.load_state_dict(weights, strict=False)
+    except RuntimeError:
+        missing, unexpected = [], ["other shapes"]
+    lost = [n for n in missing if n.startswith(_STEM) and not n.endswith("num_batches_tracked")]
+    if lost or unexpected:
+        raise CheckpointError(f"weights {path}: do not fit {model.config.backbone}: {(lost + unexpected)[:3]}")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
+
+
+def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    keep = not tensor.is_floating_point() or "running_" in name or tensor.ndim == 0
+    return tensor.detach().cpu().contiguous().to(tensor.dtype if keep else dtype)
+
+
+def _check_sum(path: Path) -> None:
+    """Shipped files against SHA256SUMS beside them; any other file against FILE.sha256 where there is one."""
+    if path.parent == FOLDER:
+        sums = (
+            dict(reversed(line.split()) for line in SUMS.read_text().splitlines()) if SUMS.is_file() else {}
+        )
+        expected = sums.get(path.name)
+        if expected is None:
+            raise CheckpointError(f"weights {path}: not listed in {SUMS.name}")
+    else:
+        note = path.with_name(path.name + ".sha256")
+        expected = note.read_text().split()[0] if note.is_file() else None
+    if expected is not None and sha256(path) != expected:
+        raise CheckpointError(
+            f"weights {path}: sha256 is not the expected {expected[:16]}...: damaged or replaced"
+        )
+
+
+def _read(path: Path, *, want_config: bool = True) -> tuple[dict[str, Tensor], dict]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: Mapping[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"weights {path}: not a readable safetensors file ({error})") from None
+    if not want_config:
+        return tensors, {}
+    if _CONFIG_KEY not in metadata:
+        raise CheckpointError(f"weights {path}: not a dmv_fast checkpoint (no {_CONFIG_KEY} in its metadata)")
+    return tensors, json.loads(metadata[_CONFIG_KEY])
+
+
+def _to_config(path: Path, config: dict) -> DMVConfig:
+    unknown = set(config) - {field.name for field in fields(DMVConfig)}
+    if unknown:
+        raise CheckpointError(
+            f"weights {path}: made by a newer dmv_fast (unknown settings {sorted(unknown)})"
+        )
+    return DMVConfig(
+        **{**config, "anchor_ratios": tuple(config.get("anchor_ratios", DMVConfig.anchor_ratios))}
+    )

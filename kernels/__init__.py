@@ -1,0 +1,1 @@
+"""Triton kernels of dmv_fast, installed as ``dmv_fast.kernels``."""

@@ -1,0 +1,100 @@
+"""Coordinates: anchors, deltas, and the way from a frame into the search crop and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmv_fast.vision import boxes
+from dmv_fast.vision.crop import CROP_SIZE, Window, cut, normalise, search_window
+
+sizes = st.floats(2, 900)
+places = st.floats(-200, 1500)
+
+
+def test_iou_by_hand():
+    a = torch.tensor([0.0, 0, 10, 10])
+    others = torch.tensor([[0.0, 0, 10, 10], [5, 0, 10, 10], [10, 0, 10, 10], [2, 2, 5, 5]])
+    assert boxes.iou(a, others).tolist() == pytest.approx([1, 50 / 150, 0, 25 / 100])
+
+
+@given(x=places, y=places, w=sizes, h=sizes)
+@settings(max_examples=50, deadline=None)
+def test_decode_inverts_encode(x, y, w, h):
+    anchors = boxes.anchor_grid(16, CROP_SIZE, (0.5, 1.0, 2.0), 64.0).double()
+    box = torch.tensor([x, y, w, h], dtype=torch.float64)
+    deltas = boxes.encode(box, anchors)
+    inside = deltas[..., 2:].abs().amax(-1) < 4
+    assert torch.allclose(boxes.decode(deltas, anchors)[inside], box, atol=1e-6)
+
+
+def test_anchor_grid_has_an_anchor_on_the_exemplar():
+    for grid in (16, 32):
+        anchors = boxes.anchor_grid(grid, CROP_SIZE, (1 / 3, 1.0, 3.0), 64.0)
+        assert anchors.shape == (3, grid, grid, 4)
+        assert anchors[1, grid // 2, grid // 2].tolist() == [96, 96, 64, 64]
+        assert torch.allclose(anchors[..., 2:].prod(-1), torch.tensor(64.0**2))
+        assert torch.allclose(anchors[0, 0, 0, 3] / anchors[0, 0, 0, 2], torch.tensor(1 / 3))
+
+
+@given(x=places, y=places, w=sizes, h=sizes)
+@settings(max_examples=100, deadline=None)
+def test_crop_and_back_is_the_identity(x, y, w, h):
+    window = search_window((x, y, w, h))
+    there = window.to_crop((x, y, w, h))
+    assert np.abs(window.to_frame(there) - (x, y, w, h)).max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [(64, 64), (20, 80), (200, 50)])
+def test_target_is_centred_and_about_64_pixels_large(size):
+    w, h = size
+    window = search_window((300.25, 200.5, w, h))
+    x, y, cw, ch = window.to_crop((300.25, 200.5, w, h))
+    p = (w + h) / 2
+    assert x + cw / 2 == pytest.approx(128, abs=256 / window.side)
+    assert y + ch / 2 == pytest.approx(128, abs=256 / window.side)
+    assert window.side == round(2 * ((w + p) * (h + p)) ** 0.5)
+    assert 40 < (cw * ch) ** 0.5 <= 65
+
+
+@pytest.mark.parametrize("side", [128, 300, 512, 1000])
+def test_pixels_land_where_boxes_do(side):
+    """A bright square in the frame is bright in the crop exactly inside its box: no half-pixel shift."""
+    image = np.zeros((1500, 1500, 3), np.uint8)
+    image[500:600, 450:650] = 255
+    window = Window(400, 420, side)
+    crop = cut(image, window)[..., 0].astype(float) / 255
+    x, y, w, h = window.to_crop((450, 500, 200, 100))
+    w, h = min(w, 256 - x), min(h, 256 - y)
+    mass = crop.sum()
+    assert mass == pytest.approx(w * h, rel=0.02)
+    yy, xx = np.mgrid[:256, :256] + 0.5
+    assert (crop * xx).sum() / mass == pytest.approx(x + w / 2, abs=0.3)
+    assert (crop * yy).sum() / mass == pytest.approx(y + h / 2, abs=0.3)
+
+
+def test_shrinking_does_not_alias():
+    """One-pixel stripes average to grey."""
+    image = np.zeros((800, 800, 3), np.uint8)
+    image[:, ::2] = 255
+    crop = cut(image, Window(0, 0, 640))
+    assert 90 < crop.min() and crop.max() < 166
+
+
+def test_outside_is_the_mean_colour():
+    image = np.full((50, 60, 3), (10, 200, 90), np.uint8)
+    crop = cut(image, Window(-100, -100, 256))
+    assert (crop == (10, 200, 90)).all()
+    assert cut(image, Window(5000, 5000, 64)).shape == (256, 256, 3)
+
+
+def test_normalise_turns_bgr_to_rgb():
+    crop = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    crop[..., 2] = 255  # red, the last channel of BGR
+    rgb = normalise(crop)
+    assert rgb.shape == (1, 3, 4, 4)
+    assert rgb[0, 0, 0, 0].item() == pytest.approx((1 - 0.485) / 0.229)
+    assert rgb[0, 2, 0, 0].item() == pytest.approx(-0.406 / 0.225)
