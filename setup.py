@@ -147,17 +147,23 @@ def compile_cuda(folder: Path) -> dict[str, list[str]]:
     workers = jobs()
     command = [nvcc, "-c", "-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     command += ["-DUSE_CUDA", TORCH_TARGET, *(f"-I{path}" for path in cpp_extension.include_paths())]
-    command += [*arch_flags(nvcc), "--threads", str(max(1, workers // len(cuda_sources)))]
+    command += arch_flags(nvcc)
     if os.environ.get("CXX"):
         command += ["-ccbin", os.environ["CXX"]]
+    threads = str(max(1, workers // len(cuda_sources)))  # of nvcc, over the architectures of one source
+    weaken = [f"--weaken-symbol={shim}" for shim in CUDA_SHIMS]
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: str) -> str:
-        target = str(folder / (Path(source).stem + ".cu.o"))
-        print(shlex.join([*command, source, "-o", target]), flush=True)
-        print(output_of([*command, source, "-o", target]), flush=True)
-        output_of(["objcopy", "--wildcard", *(f"--weaken-symbol={shim}" for shim in CUDA_SHIMS), target])
-        return target
+        target, made_by = folder / f"{Path(source).stem}.cu.o", folder / f"{Path(source).stem}.cu.cmd"
+        line = shlex.join([*command, source, "-o", str(target)])
+        newest = max(os.path.getmtime(path) for path in [source, *headers])
+        if not made_by.exists() or made_by.read_text() != line or target.stat().st_mtime < newest:
+            made_by.unlink(missing_ok=True)
+            print(line, output_of([*shlex.split(line), "--threads", threads]), sep="\n", flush=True)
+            output_of(["objcopy", "--wildcard", *weaken, str(target)])
+            made_by.write_text(line)
+        return str(target)
 
     with ThreadPoolExecutor(workers) as pool:
         objects = list(pool.map(compile_one, cuda_sources))
@@ -182,6 +188,11 @@ class BuildPy(build_py):
 
 class BuildExt(cpp_extension.BuildExtension if cpp_extension else build_ext):
     """Builds the module whole, or without its CUDA part, or not at all, and records which."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # An editable build would use a folder in /tmp, and the next one would compile everything again.
+        self.build_temp = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
     def run(self) -> None:
         self.record = {"torch": torch_version or "none"}
@@ -215,8 +226,8 @@ class BuildExt(cpp_extension.BuildExtension if cpp_extension else build_ext):
             self.build_and_load(whole)
             self.record["cuda"] = "built"
         except Exception as error:
+            self.build_and_load(ext)  # where this fails too, it was not the CUDA part
             self.leave_out("cuda", error)
-            self.build_and_load(ext)
         self.record["cpu"] = "built"
 
     def build_and_load(self, ext: Extension) -> None:

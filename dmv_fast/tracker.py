@@ -219,7 +219,7 @@ def _load(weights: str, device: torch.device, dtype: torch.dtype) -> DMV:
 
 
 def as_bgr(image: np.ndarray) -> np.ndarray:
-    """Any image a person would call a frame -> (H, W, 3) uint8 BGR, contiguous or not; else one clear error."""
+    """Any image a person would call a frame -> (H, W, 3) uint8 BGR; else one clear error."""
     if not isinstance(image, np.ndarray):
         raise TypeError(f"image is {type(image).__name__}; it must be a numpy array (H, W, 3) uint8 BGR")
     if image.dtype != np.uint8:

@@ -61,15 +61,37 @@ def test_update_rounds_what_track_says(tracker):
         assert tracker.update(image)[1] == tuple(round(v) for v in result.box)
 
 
-@pytest.mark.parametrize("box", [(60.5, 50.2, 40.7, 30.1), np.array([60, 50, 40, 30]), [60, 50, 40, 30],
-                                 np.float32([60, 50, 40, 30]), (-10, -10, 60, 60), (-50, -50, 400, 400)])  # fmt: skip
+@pytest.mark.parametrize(
+    "box",
+    [
+        (60.5, 50.2, 40.7, 30.1),
+        np.array([60, 50, 40, 30]),
+        [60, 50, 40, 30],
+        np.float32([60, 50, 40, 30]),
+        (-10, -10, 60, 60),
+        (-50, -50, 400, 400),
+    ],
+)
 def test_boxes_a_person_would_give(tracker, box):
     tracker.init(frames()[0], box)
     assert np.isfinite(tracker.track(frames()[1]).box).all()
 
 
-@pytest.mark.parametrize("box", [(60, 50, 0, 30), (60, 50, -4, 30), (60, np.nan, 40, 30), (60, 50, np.inf, 3),
-                                 (160, 50, 40, 30), (-41, 50, 40, 30), (1, 2, 3), "abcd", None, (1, 2, 3, "x")])  # fmt: skip
+@pytest.mark.parametrize(
+    "box",
+    [
+        (60, 50, 0, 30),
+        (60, 50, -4, 30),
+        (60, np.nan, 40, 30),
+        (60, 50, np.inf, 3),
+        (160, 50, 40, 30),
+        (-41, 50, 40, 30),
+        (1, 2, 3),
+        "abcd",
+        None,
+        (1, 2, 3, "x"),
+    ],
+)
 def test_bad_boxes_are_named_and_change_nothing(tracker, box):
     images = frames()
     tracker.init(images[0], BOX)
@@ -79,10 +101,16 @@ def test_bad_boxes_are_named_and_change_nothing(tracker, box):
     assert tracker.track(images[1]) == before.track(images[1])
 
 
-@pytest.mark.parametrize("make", [
-    lambda f: f[:, :, 0], lambda f: f[:, :, :1], lambda f: np.dstack([f, f[:, :, 0]]), lambda f: f[::-1][::-1],
-    lambda f: np.asfortranarray(f),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda f: f[:, :, 0],
+        lambda f: f[:, :, :1],
+        lambda f: np.dstack([f, f[:, :, 0]]),
+        lambda f: f[::-1][::-1],
+        lambda f: np.asfortranarray(f),
+    ],
+)
 def test_images_that_are_handled(tracker, make):
     for image in frames(2):
         image = make(image)
@@ -106,11 +134,17 @@ def test_tiny_and_huge_frames(tracker):
         assert np.isfinite(tracker.track(image).box).all()
 
 
-@pytest.mark.parametrize(("image", "error", "says"), [
-    (None, TypeError, "numpy"), (np.zeros((0, 0, 3), np.uint8), ValueError, "no pixel"),
-    (np.zeros((20, 20, 3), np.float32), TypeError, "float32"), (np.zeros((20, 20, 2), np.uint8), ValueError, "shape"),
-    (np.zeros((2, 20, 20, 3), np.uint8), ValueError, "shape"), (np.zeros(20, np.uint8), ValueError, "shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("image", "error", "says"),
+    [
+        (None, TypeError, "numpy"),
+        (np.zeros((0, 0, 3), np.uint8), ValueError, "no pixel"),
+        (np.zeros((20, 20, 3), np.float32), TypeError, "float32"),
+        (np.zeros((20, 20, 2), np.uint8), ValueError, "shape"),
+        (np.zeros((2, 20, 20, 3), np.uint8), ValueError, "shape"),
+        (np.zeros(20, np.uint8), ValueError, "shape"),
+    ],
+)
 def test_bad_images_are_named(tracker, image, error, says):
     with pytest.raises(error, match=says):
         tracker.init(image, BOX)
@@ -170,7 +204,9 @@ def test_memory_policy_is_kept(weights):
     assert written == [False, True] * 4
     assert sorted(tracker._memory.frames) == [0, 6, 8]
     never = TrackerConfig(policy=MemoryPolicy(interval=1, threshold=1.1))
-    assert not any(r.memory_written for r in run(FastDMVTracker(weights, device="cpu", config=never), frames()))
+    assert not any(
+        r.memory_written for r in run(FastDMVTracker(weights, device="cpu", config=never), frames())
+    )
 
 
 def test_one_tracker_a_thread(weights):
@@ -189,10 +225,17 @@ def test_one_tracker_a_thread(weights):
     assert results == [alone] * 4
 
 
-@pytest.mark.parametrize(("kwargs", "says"), [
-    ({"weights": "no_such"}, "no_such"), ({"k": 0}, "k is 0"), ({"k": 33}, "k is 33"), ({"device": "tpu9"}, "device"),
-    ({"dtype": "int8"}, "dtype"), ({"backend": "magic"}, "backend"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"weights": "no_such"}, "no_such"),
+        ({"k": 0}, "k is 0"),
+        ({"k": 33}, "k is 33"),
+        ({"device": "tpu9"}, "device"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"backend": "magic"}, "backend"),
+    ],
+)
 def test_bad_settings_are_named(weights, kwargs, says):
     with pytest.raises(ValueError, match=says):
         FastDMVTracker(**{"weights": weights, "device": "cpu", **kwargs})

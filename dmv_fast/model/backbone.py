@@ -39,7 +39,7 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1 x 1, 3 x 3, 1 x 1 and a shortcut (ResNet50); the stride is on the first 1 x 1, as the weights want."""
+    """1 x 1, 3 x 3, 1 x 1 and a shortcut (ResNet50); stride on the first 1 x 1, as the weights want."""
 
     expansion = 4
 

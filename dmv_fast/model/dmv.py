@@ -18,7 +18,7 @@ from dmv_fast.vision.crop import CROP_SIZE
 
 @dataclass(frozen=True)
 class DMVConfig:
-    """What a checkpoint is built for. The paper's DMV18 and DMV50 are `backbone="resnet18"` and `"resnet50"`."""
+    """What a checkpoint is built for. DMV18 and DMV50 are `backbone="resnet18"` and `"resnet50"`."""
 
     backbone: str = "resnet18"
     grid: int = 16

@@ -1,4 +1,4 @@
-"""The box prediction head (paper section 3.1 "Box prediction"; branches as SiamRPN, deltas as Faster R-CNN)."""
+"""Box prediction (paper section 3.1): two branches as SiamRPN, deltas as Faster R-CNN."""
 
 from __future__ import annotations
 

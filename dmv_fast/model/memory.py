@@ -22,7 +22,7 @@ class ValueEncoder(nn.Module):
         self.conv2 = nn.Conv2d(value_dim, value_dim, 3, padding=1)
 
     def forward(self, features: Tensor, scores: Tensor, deltas: Tensor) -> Tensor:
-        """features (B, D, H, W), scores (B, A, H, W) in [0, 1], deltas (B, A, 4, H, W) -> values (B, M, V)."""
+        """features (B, D, H, W), scores (B, A, H, W), deltas (B, A, 4, H, W) -> values (B, M, V)."""
         scores = torch.where(scores < self.score_floor, 0.0, scores)
         x = torch.cat([features, scores, deltas.flatten(1, 2)], 1)
         return self.conv2(torch.relu(self.conv1(x))).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Which of the predicted boxes is the target (ours; the paper does not say). As SiamRPN, each term optional."""
+"""Which predicted box is the target (ours; the paper does not say): SiamRPN's terms, each optional."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PickConfig:
     window: float = 0.1
     """Share of a cosine window over the crop in the ranking."""
     smoothing: float = 0.7
-    """How far the size moves to the new one in a frame, times the score; 1 without smoothing takes it whole."""
+    """How far the size moves to the new one in a frame, times the score; 1 takes the new size whole."""
 
 
 class Pick(NamedTuple):

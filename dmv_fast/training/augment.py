@@ -56,12 +56,22 @@ def random_look(rng: np.random.Generator, times: np.ndarray) -> Look:
 
 
 def develop(shot: Shot, look: Look, frame: int, rng: np.random.Generator) -> np.ndarray:
-    """A drawn crop, n <= 256 pixels a side -> (256, 256, 3) uint8 BGR, as frame `frame` of a sample of this look.
+    """A drawn crop as frame `frame` of a sample: `expose`, then enlarge -> (256, 256, 3) uint8 BGR."""
+    crop = expose(shot, look, frame, rng)
+    if crop.shape[0] < CROP_SIZE:
+        crop = cv2.resize(crop, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_LINEAR)
+    return crop
 
-    Blur and compression act at the drawn resolution, the frame's own when it is enlarged, as they do in a video;
-    what is beyond the frame stays even, as in tracking. The flip is left to the caller, who owns the boxes.
+
+def expose(shot: Shot, look: Look, frame: int, rng: np.random.Generator) -> np.ndarray:
+    """A drawn picture (H, W, 3) uint8 BGR as the camera and the codec leave it.
+
+    Blur and compression act at the drawn resolution, the frame's own when it is enlarged later, as they do in
+    a video; what is beyond the frame stays even, as in tracking. The flip is left to the caller, who owns
+    the boxes.
     """
-    crop, size = shot.crop, shot.crop.shape[0]
+    crop = shot.crop
+    size = min(crop.shape[0], CROP_SIZE)
     if rng.random() < FRAME_SMEAR:
         crop = smear(crop, np.clip(rng.normal(0, 0.03, 2), -0.05, 0.05) * size)
     sigma = look.sigma
@@ -72,20 +82,22 @@ def develop(shot: Shot, look: Look, frame: int, rng: np.random.Generator) -> np.
     curve = _curve(look.gains[frame], look.gammas[frame])
     crop, fill = cv2.LUT(crop, curve), cv2.LUT(shot.fill[None, None], curve)
     if look.gray:
-        crop, fill = (cv2.cvtColor(cv2.cvtColor(v, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR) for v in (crop, fill))
+        crop, fill = _grey(crop), _grey(fill)
     if look.shade is not None:
         crop = _shade(crop, look.shade[frame])
     if look.noise > 0:
-        grain = rng.standard_normal((size, size, 1), dtype=np.float32) * look.noise
+        grain = rng.standard_normal((*crop.shape[:2], 1), dtype=np.float32) * look.noise
         crop = np.clip(crop + grain, 0, 255).astype(np.uint8)
     if look.quality is not None:
         data = cv2.imencode(".jpg", crop, (cv2.IMWRITE_JPEG_QUALITY, look.quality))[1]
         crop = cv2.imdecode(data, cv2.IMREAD_COLOR)
     if shot.outside is not None:
         crop = np.where(shot.outside[..., None], fill, crop)
-    if size < CROP_SIZE:
-        crop = cv2.resize(crop, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_LINEAR)
     return crop
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
 
 
 def _curve(gains: np.ndarray, gamma: float) -> np.ndarray:
@@ -95,6 +107,6 @@ def _curve(gains: np.ndarray, gamma: float) -> np.ndarray:
 
 
 def _shade(crop: np.ndarray, slope: np.ndarray) -> np.ndarray:
-    t = np.linspace(-1, 1, crop.shape[0], dtype=np.float32)
-    light = 1 + np.clip(slope[0] * t[None] + slope[1] * t[:, None], -0.6, 0.6).astype(np.float32)
+    y, x = (np.linspace(-1, 1, n, dtype=np.float32) for n in crop.shape[:2])
+    light = 1 + np.clip(slope[0] * x[None] + slope[1] * y[:, None], -0.6, 0.6).astype(np.float32)
     return np.clip(crop * light[..., None], 0, 255).astype(np.uint8)

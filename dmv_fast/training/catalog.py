@@ -1,6 +1,7 @@
 """What a training folder holds: photographs with boxes and outlines, clips with boxed tracks.
 
-    ROOT/annotations.jsonl   a photograph a line: image, dataset, width, height, objects [{bbox, label, polygons?}]
+    ROOT/annotations.jsonl   a photograph a line: {image, dataset, width, height, objects [{bbox, label,
+                             polygons}]}; without objects it is a background; polygons may be missing
     ROOT/images/...          the photographs
     ROOT/clips/NAME.mp4      a clip; NAME.K.txt holds track K, a line x,y,w,h a frame (NaN: box unknown)
 
@@ -21,7 +22,7 @@ import numpy as np
 
 HELD_OUT_SHARE = 0.08
 _MIN_SIDE = 12  # pixels of a photograph: a smaller object has no texture left to enlarge
-_MIN_SIDE_CLIP = 6  # real small targets exist and look like this
+_MIN_SIDE_CLIP = 7  # real small targets exist and look like this
 _MAX_SHARE = 0.7  # of the photograph: nothing left to be told apart from
 _MAX_ASPECT = 5.0
 _SALT = "c"
@@ -166,4 +167,7 @@ def _clip_frames(path: Path) -> tuple[np.ndarray, ...]:
 
 def read_clip_frame(clip: Clip, frame: int) -> np.ndarray:
     """Frame `frame` of a clip, (height, width, 3) uint8 BGR; the clip stays in memory, compressed."""
-    return cv2.imdecode(_clip_frames(clip.path)[frame], cv2.IMREAD_COLOR)
+    frames = _clip_frames(clip.path)
+    if frame >= len(frames):
+        raise OSError(f"the clip {clip.path} has {len(frames)} frames, a track of it names frame {frame}")
+    return cv2.imdecode(frames[frame], cv2.IMREAD_COLOR)

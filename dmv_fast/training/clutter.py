@@ -12,10 +12,11 @@ from dmv_fast.training.synth import Layer, Picture, Scene, cut_out
 
 COPIES = 0.4  # of the distractors: altered copies of the target
 ALIKE = 0.35  # of the distractors: other objects of its label
+ALONG = 0.4  # of the distractors: they go where the target goes; the others stay about where it began
 
 
 def outline_of(thing: PhotoObject) -> list[np.ndarray]:
-    """The object's polygons (P, 2) each, made to span its box exactly; an ellipse in the box where it has none.
+    """The object's polygons (P, 2) each, made to span its box exactly; an ellipse in the box if it has none.
 
     Sets differ in whether a polygon runs through the centres or along the edges of the outer pixels;
     the boxes agree. The ellipse turns into a box of sensible size when it is rotated.
@@ -45,7 +46,8 @@ def add_distractors(
 ) -> None:
     """One to three others that move about the target, before or behind it.
 
-    They are altered copies of it (`sprite`: mirrored, turned, relit, resized), objects of its label, or any objects.
+    They are altered copies of it (`sprite`: mirrored, turned, relit, resized), objects of its label, or any
+    objects.
     """
     size = math.sqrt(np.prod(scenes[0].box[2:]))
     alike = catalog.alike.get(target.label, ())
@@ -60,8 +62,10 @@ def add_distractors(
         _circle(rng, scenes, times, other, size)
 
 
-def _circle(rng: np.random.Generator, scenes: list[Scene], times: np.ndarray, other: Picture, size: float) -> None:
-    """Lay `other`, about `size` large, into every scene, on a wandering path around the target."""
+def _circle(
+    rng: np.random.Generator, scenes: list[Scene], times: np.ndarray, other: Picture, size: float
+) -> None:
+    """Lay `other`, about `size` large, into every scene, wandering around the target or its first place."""
     own = geo.bounds(np.concatenate(other.parts))
     scale = size * math.exp(np.clip(rng.normal(0, 0.25), -0.6, 0.6)) / math.sqrt(own[2] * own[3])
     mirror = -1.0 if rng.random() < 0.5 else 1.0
@@ -69,13 +73,14 @@ def _circle(rng: np.random.Generator, scenes: list[Scene], times: np.ndarray, ot
     path = geo.smooth_path(rng, times, 4) * (0.8, 0.5, 0.2, 0.15)
     turned = rng.normal(0, 0.15)
     angle, distance = rng.uniform(0, 2 * math.pi), rng.uniform(1.1, 2.6) * size
-    below = rng.random() < 0.5
+    below, along = rng.random() < 0.5, rng.random() < ALONG
     for scene, (swing, nearer, turn, grow) in zip(scenes, path, strict=True):
         offset = np.array([math.cos(angle + swing), math.sin(angle + swing)]) * distance * (1 + nearer)
+        where = (scene if along else scenes[0]).centre + offset
         zoom = scale * math.exp(grow)
         matrix = geo.linear(turned + turn, 1, 0) @ geo.stretch(mirror * zoom, zoom)
-        layer = Layer(other, geo.about(matrix, geo.centre(own), scene.centre + offset), None, light)
-        scene.haunts.append(scene.centre + offset)
+        layer = Layer(other, geo.about(matrix, geo.centre(own), where), None, light)
+        scene.haunts.append(where)
         if below and scene.target >= 0:
             scene.layers.insert(0, layer)
             scene.target += 1

@@ -16,10 +16,12 @@ from dmv_fast.training.scenes import make_scenes
 from dmv_fast.training.synth import Scene, Shot, draw
 from dmv_fast.vision.crop import CROP_SIZE, Window, search_window
 
-MIX = {"paste": 0.45, "photo": 0.22, "clip": 0.25, "region": 0.08}
+MIX = {"paste": 0.45, "photo": 0.22, "clip": 0.28, "region": 0.05}
 SEEN = 0.35  # share of the target that must be visible in the crop for it to count as present
 _HINT = 0.08  # a lesser share than this is as good as absent; what lies between is drawn again
-_MIN_CONTRAST = 10.0  # standard deviation within an exemplar's box, grey levels
+# standard deviation of the colours within the box, grey levels: nothing can be seen of a target with less
+_MIN_CONTRAST = 4.0
+_MIN_CONTRAST_EXEMPLAR = 10.0
 _TRIES = 100
 
 
@@ -74,7 +76,10 @@ class SampleStream:
         self.max_skip, self.held_out = max_skip, held_out
         catalog = _catalog(self.root, held_out)
         stock = {
-            "paste": catalog.cutouts, "photo": catalog.objects, "clip": catalog.clips, "region": catalog.plain,
+            "paste": catalog.cutouts,
+            "photo": catalog.objects,
+            "clip": catalog.clips,
+            "region": catalog.plain,
         }
         self.mix = {kind: weight for kind, weight in mix.items() if weight > 0 and stock[kind]}
         if not self.mix:
@@ -113,9 +118,11 @@ def _shoot(rng: np.random.Generator, scenes: list[Scene], times: np.ndarray) -> 
         crops[i] = develop(shot, look, i, rng)
         if scene.in_view:
             last = scene.box
-            if shot.share >= SEEN:
-                boxes[i], present[i] = window.to_crop(scene.box), True
-        if i == 0 and not (present[0] and _distinct(crops[0], boxes[0])):
+            box = window.to_crop(scene.box)
+            needed = _MIN_CONTRAST if i else _MIN_CONTRAST_EXEMPLAR
+            if shot.share >= SEEN and _contrast(crops[i], box) > needed:
+                boxes[i], present[i] = box, True
+        if not present[0]:
             return None
     if look.flip:
         crops = np.ascontiguousarray(crops[:, :, ::-1])
@@ -134,6 +141,7 @@ def _exemplar(scene: Scene) -> tuple[Window, Shot]:
 
 
 def _instance(rng: np.random.Generator, scene: Scene, last: np.ndarray) -> tuple[Window, Shot]:
+    """A later frame, where a tracker looks; not so that it is doubtful whether the target is in it."""
     window = window_for(rng, scene, last)
     shot = draw(scene, window)
     if scene.in_view and _HINT < shot.share < SEEN:
@@ -142,15 +150,15 @@ def _instance(rng: np.random.Generator, scene: Scene, last: np.ndarray) -> tuple
     return window, shot
 
 
-def _distinct(crop: np.ndarray, box: np.ndarray) -> bool:
-    """Whether there is anything to see in the box: not near black, not all one colour."""
-    x, y = np.maximum(box[:2], 0).astype(int)
-    x1, y1 = np.minimum(box[:2] + box[2:], CROP_SIZE).astype(int)
-    return bool(crop[y:y1, x:x1].std((0, 1)).mean() > _MIN_CONTRAST)
+def _contrast(crop: np.ndarray, box: np.ndarray) -> float:
+    """Standard deviation of the colours in a box: low where it is dark, even, or the target out of sight."""
+    x0, y0 = np.maximum(box[:2], 0).astype(int)
+    x1, y1 = np.minimum(np.ceil(box[:2] + box[2:]), CROP_SIZE).astype(int)
+    return float(cv2.meanStdDev(crop[y0:y1, x0:x1])[1].mean())
 
 
 def contact_sheet(samples: list[Sample]) -> np.ndarray:
-    """A picture of what the network sees, uint8 BGR: a row a sample, boxes drawn, absent frames framed in red."""
+    """What the network sees, uint8 BGR: a row a sample, boxes in green, frames without the target in red."""
     rows = []
     for sample in samples:
         cells = []

@@ -16,7 +16,7 @@ LOST = 0.05  # the target is not in the crop
 
 
 def tracked_window(rng: np.random.Generator, box: np.ndarray) -> Window:
-    """Around a box with an error: mostly a small one, at times up to 0.3 of the crop; size off by up to 1.4."""
+    """Around a box with an error: mostly small, at times up to 0.3 of the crop; size off by up to 1.4."""
     sigma = 0.05 if rng.random() < 0.6 else 0.13
     error = np.clip(rng.normal(0, sigma, 2), -0.3, 0.3)
     return _off(box, error, math.exp(np.clip(rng.normal(0, 0.13), -0.34, 0.34)))
@@ -45,7 +45,7 @@ def _at_the_exit(rng: np.random.Generator, scene: Scene, last: np.ndarray) -> Wi
 
 
 def _elsewhere(rng: np.random.Generator, scene: Scene) -> Window | None:
-    """A window without the target: on something else of the scene, or anywhere near; None where neither fits."""
+    """A window without the target: on another thing of the scene, or anywhere near; None if neither fits."""
     box = scene.box
     reach = search_window(box).side / 2 + box[2:] / 2
     middle = geo.centre(box)

@@ -17,7 +17,7 @@ def stretch(x: float, y: float) -> np.ndarray:
 
 
 def linear(angle: float, aspect: float, shear: float) -> np.ndarray:
-    """Rotation (radians) after an area-preserving stretch: x by sqrt(aspect), y by its inverse, and a shear."""
+    """Rotation (radians) after a shear and a stretch of equal area: x by sqrt(aspect), y by its inverse."""
     c, s = math.cos(angle), math.sin(angle)
     rotation = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=np.float64)
     root = math.sqrt(aspect)
@@ -95,8 +95,8 @@ def _wander(rng: np.random.Generator, position: np.ndarray, dims: int) -> np.nda
 class Ripple:
     """A smooth non-rigid distortion of a picture: a sum of plane waves, in the picture's own pixels.
 
-    waves (K, 2): wave vectors in radians a pixel; phases (K,); pushes (K, 2): amplitudes in pixels. The point q
-    of the undistorted plane shows what was at q + offset(q).
+    waves (K, 2): wave vectors in radians a pixel; phases (K,); pushes (K, 2): amplitudes in pixels.
+    The point q of the undistorted plane shows what was at q + offset(q).
     """
 
     waves: np.ndarray

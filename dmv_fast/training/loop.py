@@ -84,7 +84,8 @@ class Run:
     """Everything that a training run owns and a checkpoint holds."""
 
     def __init__(
-        self, recipe: Recipe, recipe_path: Path, data: Path, out: Path, device: torch.device, minutes: float | None
+        self, recipe: Recipe, recipe_path: Path, data: Path, out: Path, device: torch.device,
+        minutes: float | None,
     ):  # fmt: skip
         self.recipe, self.data, self.out, self.device, self.minutes = recipe, data, out, device, minutes
         self.rank, self.world = _join_group(device)
@@ -114,7 +115,8 @@ class Run:
             return
         state = {
             "model": self.model.state_dict(), "ema": self.ema.state_dict(), "step": self.step,
-            "optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict(), "seconds": self.seconds,
+            "optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict(),
+            "seconds": self.seconds,
         }  # fmt: skip
         part = self.out / (_CHECKPOINT + ".part")
         torch.save(state, part)
@@ -188,12 +190,13 @@ class Run:
         if self.world == 1:
             return self.unroll
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(self.unroll, device_ids=ids)
+        alone = 1 in self.recipe.candidates  # a lone candidate hears nobody: those weights get no gradient
+        return DistributedDataParallel(self.unroll, device_ids=ids, find_unused_parameters=alone)
 
     def _batches(
         self, source: SampleStream | FeatureCache, workers: int | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless batches from the current step on; process r of W takes samples r, r + W, ... of a step's."""
+        """Batches from the current step on; process r of W takes samples r, r + W, ... of a step's."""
         recipe, share = self.recipe, self.recipe.batch // self.world
         if workers is None:
             workers = (
@@ -285,7 +288,8 @@ class _Log:
     def validation(self, step: int, values: dict[str, float]) -> None:
         self._write("val", step, values)
         tqdm.write(f"step {step}: held out: loss {values['loss']:.3f}, IoU {values['iou']:.3f}, "
-                   f"score {values['score_present']:.2f} present, {values['score_absent']:.2f} absent")  # fmt: skip
+                   f"score {values['score_present']:.2f} present, "
+                   f"{values['score_absent']:.2f} absent")  # fmt: skip
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         names = (*Outcome._fields, "grad_norm", "rate")
@@ -318,7 +322,7 @@ def _optimiser(recipe: Recipe, model: DMV) -> torch.optim.Optimizer:
 
 
 def _beside(name: str, recipe_path: Path, data: Path) -> Path:
-    """A file named in a recipe: as it stands, beside the recipe, in the data folder or its `weights` neighbour."""
+    """A file named in a recipe: as it stands, beside the recipe, in the data folder or `weights` near it."""
     places = [
         Path(name),
         recipe_path.parent / name,

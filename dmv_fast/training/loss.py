@@ -38,7 +38,7 @@ class Loss(NamedTuple):
 
 
 def label(box: Tensor, anchors: Tensor) -> Labels:
-    """Anchors against the true box (eq. 3): IoU over 0.5, and always the best one, is positive; under 0.4 negative.
+    """Anchors against the true box (eq. 3): positive over IoU 0.5 and always the best, negative under 0.4.
 
     box (B, 4) xywh in crop pixels, a row of NaN where the target is absent; anchors (A, H, W, 4).
     """

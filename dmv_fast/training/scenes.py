@@ -18,6 +18,7 @@ OCCLUDED = {"photo": 0.2, "paste": 0.35, "clip": 0.15, "region": 0.15}
 DISTRACTED = {"photo": 0.3, "paste": 0.65}
 RIPPLED = {"photo": 0.3, "paste": 0.5, "region": 0.3}
 LEAVES = 0.15  # of cut-outs, with three frames or more
+LEAVING_SPEED = 0.12  # of its size a frame
 STREAKED = 0.08  # of the frames of a cut-out: it moves during the exposure
 CLIP_BEHIND = 0.2  # of cut-outs: over a real clip; else over a photograph
 MEANINGLESS = "seg"  # label of segments that are often a part of something: taken less often
@@ -25,15 +26,17 @@ MEANINGLESS = "seg"  # label of segments that are often a part of something: tak
 Made = tuple[list[Scene], np.ndarray]
 
 
-def make_scenes(rng: np.random.Generator, catalog: Catalog, kind: str, frames: int, max_skip: int) -> Made | None:
+def make_scenes(
+    rng: np.random.Generator, catalog: Catalog, kind: str, frames: int, max_skip: int
+) -> Made | None:
     """N = `frames` scenes of one target and their times (N,); None when the draw was no good (draw again).
 
     kind: "photo", "paste", "clip" or "region".
     """
     if kind == "clip":
-        return _clip(rng, catalog, frames, max_skip)
+        return clip_scenes(rng, catalog, frames, max_skip)
     times = geo.random_times(rng, frames, max_skip)
-    maker = {"photo": _photo, "paste": _paste, "region": _region}[kind]
+    maker = {"photo": photo_scenes, "paste": paste_scenes, "region": region_scenes}[kind]
     scenes = maker(rng, catalog, times)
     return None if scenes is None else (scenes, times)
 
@@ -41,19 +44,22 @@ def make_scenes(rng: np.random.Generator, catalog: Catalog, kind: str, frames: i
 # --- a photograph that moves ---
 
 
-def _photo(rng: np.random.Generator, catalog: Catalog, times: np.ndarray) -> list[Scene] | None:
+def photo_scenes(rng: np.random.Generator, catalog: Catalog, times: np.ndarray) -> list[Scene] | None:
+    """An object in its own photograph, under a moving camera."""
     number = int(rng.integers(len(catalog.objects)))
     target = catalog.objects[number]
     photo = catalog.photos[target.photo]
     box = np.array(target.box)
     # a target too large for its photograph leaves a crop that is mostly beyond the frame
-    around = np.concatenate([geo.centre(box) - 2 * math.sqrt(box[2] * box[3]), [4 * math.sqrt(box[2] * box[3])] * 2])
-    covered = np.prod(geo.clip_box(around, photo.width, photo.height)[2:]) / np.prod(around[2:])
+    reach = 2 * math.sqrt(box[2] * box[3])
+    around = np.concatenate([geo.centre(box) - reach, [2 * reach, 2 * reach]])
+    covered = np.prod(geo.clip_box(around, photo.width, photo.height)[2:] / around[2:])
     if rng.random() > max(covered**2, 0.1) * (0.4 if target.label == MEANINGLESS else 1.0):
         return None
     image = read_photo(photo)
     parts = outline_of(target)
-    others = [geo.centre(np.array(catalog.objects[o].box)) for o in catalog.together[target.photo] if o != number]
+    neighbours = [n for n in catalog.together[target.photo] if n != number]
+    others = [geo.centre(np.array(catalog.objects[n].box)) for n in neighbours]
     turn = 0.2 if target.polygons else 0.04
     scenes = _moving_photo(rng, image, parts, times, turn=turn, rippled=RIPPLED["photo"], others=others)
     if target.polygons and rng.random() < DISTRACTED["photo"]:
@@ -63,7 +69,8 @@ def _photo(rng: np.random.Generator, catalog: Catalog, times: np.ndarray) -> lis
     return scenes
 
 
-def _region(rng: np.random.Generator, catalog: Catalog, times: np.ndarray) -> list[Scene] | None:
+def region_scenes(rng: np.random.Generator, catalog: Catalog, times: np.ndarray) -> list[Scene] | None:
+    """A salient rectangle of a photograph without annotations, under a moving camera."""
     image = read_photo(catalog.photos[catalog.plain[rng.integers(len(catalog.plain))]])
     box = _salient_box(rng, image)
     if box is None:
@@ -75,28 +82,31 @@ def _region(rng: np.random.Generator, catalog: Catalog, times: np.ndarray) -> li
 
 
 def _salient_box(rng: np.random.Generator, image: np.ndarray) -> np.ndarray | None:
-    """Of twenty random boxes the one that differs most from what surrounds it; None where all is even."""
+    """Of forty random boxes the one that differs most from what is on each side of it, if one does."""
     height, width = image.shape[:2]
-    sums = cv2.integral(cv2.GaussianBlur(image, (0, 0), 2).astype(np.float32)).astype(np.float64)
+    sums = cv2.integral(image, sdepth=cv2.CV_64F)
+    size = np.exp(rng.uniform(math.log(28), math.log(max(0.4 * min(width, height), 29)), 40))
+    root = np.exp(np.clip(rng.normal(0, 0.18, 40), -0.5, 0.5))
+    w, h = size * root, size / root
+    x, y = rng.uniform(0, np.maximum(width - w, 1)), rng.uniform(0, np.maximum(height - h, 1))
 
-    def total(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
-        x0, x1 = (int(min(max(v, 0), width)) for v in (x0, x1))
-        y0, y1 = (int(min(max(v, 0), height)) for v in (y0, y1))
-        pixels = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]
-        return np.append(pixels, (x1 - x0) * (y1 - y0))
+    def colour(x0: np.ndarray, y0: np.ndarray, x1: np.ndarray, y1: np.ndarray) -> np.ndarray:
+        x0, x1 = (np.clip(v, 0, width).astype(int) for v in (x0, x1))
+        y0, y1 = (np.clip(v, 0, height).astype(int) for v in (y0, y1))
+        total = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]
+        return total / np.maximum((x1 - x0) * (y1 - y0), 1)[:, None]
 
-    best, best_contrast = None, 25.0
-    for _ in range(20):
-        size = math.exp(rng.uniform(math.log(28), math.log(max(0.4 * min(width, height), 29))))
-        aspect = math.exp(np.clip(rng.normal(0, 0.35), -1, 1))
-        w, h = size * math.sqrt(aspect), size / math.sqrt(aspect)
-        x, y = rng.uniform(0, max(width - w, 1)), rng.uniform(0, max(height - h, 1))
-        inner = total(x, y, x + w, y + h)
-        ring = total(x - w / 3, y - h / 3, x + w * 4 / 3, y + h * 4 / 3) - inner
-        contrast = np.abs(inner[:3] / max(inner[3], 1) - ring[:3] / max(ring[3], 1)).sum()
-        if contrast > best_contrast and x + w <= width and y + h <= height:
-            best, best_contrast = np.array([x, y, w, h]), contrast
-    return best
+    inner, dx, dy = colour(x, y, x + w, y + h), w / 3, h / 3
+    sides = [
+        colour(x - dx, y, x, y + h),
+        colour(x + w, y, x + w + dx, y + h),
+        colour(x, y - dy, x + w, y),
+        colour(x, y + h, x + w, y + h + dy),
+    ]
+    contrast = np.min([np.abs(inner - side).sum(1) for side in sides], axis=0)
+    contrast[(x + w > width) | (y + h > height)] = 0
+    best = int(contrast.argmax())
+    return np.array([x[best], y[best], w[best], h[best]]) if contrast[best] > 25 else None
 
 
 def _moving_photo(
@@ -135,7 +145,9 @@ def _moving_photo(
     return scenes
 
 
-def _ripples(rng: np.random.Generator, times: np.ndarray, size: float, share: float) -> list[geo.Ripple | None]:
+def _ripples(
+    rng: np.random.Generator, times: np.ndarray, size: float, share: float
+) -> list[geo.Ripple | None]:
     if rng.random() >= share:
         return [None] * len(times)
     return list(geo.ripple_path(rng, times, size, rng.uniform(0.01, 0.05)))
@@ -144,7 +156,10 @@ def _ripples(rng: np.random.Generator, times: np.ndarray, size: float, share: fl
 # --- a cut-out that moves over another picture ---
 
 
-def _paste(rng: np.random.Generator, catalog: Catalog, times: np.ndarray) -> list[Scene] | None:
+def paste_scenes(
+    rng: np.random.Generator, catalog: Catalog, times: np.ndarray, *, leaves: float = LEAVES
+) -> list[Scene] | None:
+    """A cut-out that moves on its own; with the probability `leaves` it goes out of view, and maybe returns."""
     target = catalog.objects[catalog.cutouts[rng.integers(len(catalog.cutouts))]]
     if target.label == MEANINGLESS and rng.random() < 0.5:
         return None
@@ -153,9 +168,11 @@ def _paste(rng: np.random.Generator, catalog: Catalog, times: np.ndarray) -> lis
         return None
     own = math.sqrt(target.box[2] * target.box[3])
     size = min(math.exp(rng.uniform(math.log(20), math.log(110))), 1.3 * own)
-    frame = np.round(size * math.exp(rng.uniform(math.log(7), math.log(18))) * np.array([1, rng.uniform(0.55, 0.8)]))
+    width = size * math.exp(rng.uniform(math.log(7), math.log(18)))
+    frame = np.round(width * np.array([1, rng.uniform(0.55, 0.8)]))
     backs = _backdrop(rng, catalog, times, target, frame, size)
-    layers = _moving_cutout(rng, sprite, times, _places(rng, times, frame, size), size / own)
+    places = _places(rng, times, frame, size, leaves)
+    layers = _moving_cutout(rng, sprite, times, places, size / own)
     scenes = [Scene(b, tuple(frame.tolist()), [layer], 0) for b, layer in zip(backs, layers, strict=True)]
     if not scenes[0].in_view:
         return None
@@ -174,20 +191,26 @@ def _moving_cutout(
     path = geo.smooth_path(rng, times, 5) * (0.25, turn, 0.16, 0.08, rng.uniform(0, 0.2))
     tint = rng.normal(0, 0.1, 3)
     whole = geo.bounds(np.concatenate(sprite.parts))
-    ripples = _ripples(rng, times, math.sqrt(whole[2] * whole[3]), RIPPLED["paste"])
+    size = math.sqrt(whole[2] * whole[3])
+    ripples = _ripples(rng, times, size, RIPPLED["paste"])
     first = geo.linear(rng.normal(0, 0.08), math.exp(rng.normal(0, 0.1)), 0)
     layers = []
     for place, ripple, (grow, angle, aspect, shear, light) in zip(places, ripples, path, strict=True):
         zoom = scale * math.exp(grow)
         matrix = geo.linear(angle, math.exp(aspect), shear) @ first @ geo.stretch(zoom, zoom)
         to_frame = geo.about(matrix, geo.centre(whole), place)
-        streak = rng.normal(0, 0.1 * math.sqrt(whole[2] * whole[3]) * zoom, 2) if rng.random() < STREAKED else None
+        streak = rng.normal(0, 0.1, 2) * size * zoom if rng.random() < STREAKED else None
         layers.append(Layer(sprite, to_frame, ripple, np.exp(tint + light), streak))
     return layers
 
 
 def _backdrop(
-    rng: np.random.Generator, catalog: Catalog, times: np.ndarray, target: PhotoObject, frame: np.ndarray, size: float
+    rng: np.random.Generator,
+    catalog: Catalog,
+    times: np.ndarray,
+    target: PhotoObject,
+    frame: np.ndarray,
+    size: float,
 ) -> list[Layer]:
     """N layers that lie behind: a photograph that the camera pans, turns and zooms over, or a real clip."""
     camera = geo.smooth_path(rng, times, 4) * (0.6 * size, 0.6 * size, 0.05, 0.1)
@@ -217,25 +240,31 @@ def _other_photo(rng: np.random.Generator, catalog: Catalog, target: PhotoObject
     return (index + 1) % len(catalog.photos) if index == target.photo else index
 
 
-def _places(rng: np.random.Generator, times: np.ndarray, frame: np.ndarray, size: float) -> np.ndarray:
+def _places(
+    rng: np.random.Generator, times: np.ndarray, frame: np.ndarray, size: float, leaves: float
+) -> np.ndarray:
     """Centres (N, 2) of the target in the frame, smooth in time; some leave the frame and come back."""
     rim = np.minimum(0.45 * size, frame / 2)
     start = frame * (0.5 + np.clip(rng.normal(0, 0.2, 2), -0.5, 0.5))
-    path = np.clip(start, rim, frame - rim) + geo.smooth_path(rng, times, 2) * np.minimum(1.5 * size, 0.25 * frame)
-    path = np.clip(path, rim, frame - rim)
+    drift = geo.smooth_path(rng, times, 2) * np.minimum(1.5 * size, 0.25 * frame)
+    path = np.clip(np.clip(start, rim, frame - rim) + drift, rim, frame - rim)
     count = len(times)
-    if count >= 3 and rng.random() < LEAVES:
-        first = int(rng.integers(1, count))
-        last = int(rng.integers(first, count))
+    if count >= 3 and rng.random() < leaves:
         axis, end = int(rng.integers(2)), int(rng.integers(2))
-        path[first : last + 1, axis] = end * frame[axis] + (2 * end - 1) * size * rng.uniform(0.6, 2.0)
+        outside = end * frame[axis] + (2 * end - 1) * size * rng.uniform(0.6, 2.0)
+        crossing = abs(outside - path[0, axis]) / (LEAVING_SPEED * size)
+        first, last = np.sort(times[rng.integers(1, count, 2)])
+        first = max(first, crossing)  # at the exemplar it is still where it was
+        away = 1 - np.clip(np.maximum(first - times, times - max(first, last)) / crossing, 0, 1)
+        path[:, axis] += away * away * (3 - 2 * away) * (outside - path[:, axis])
     return path
 
 
 # --- a real clip ---
 
 
-def _clip(rng: np.random.Generator, catalog: Catalog, frames: int, max_skip: int) -> Made | None:
+def clip_scenes(rng: np.random.Generator, catalog: Catalog, frames: int, max_skip: int) -> Made:
+    """Frames of one track of a real clip; only such where its box is known."""
     weights = np.array([_clip_weight(c) for c in catalog.clips])
     clip = catalog.clips[rng.choice(len(weights), p=weights / weights.sum())]
     track = clip.tracks[rng.integers(len(clip.tracks))]

@@ -109,10 +109,10 @@ class Layer:
 class Scene:
     """One instant: what is drawn, and where the target is in it (frame pixels).
 
-    size: the frame's width and height, outside of which there is only the base's mean colour; inside, the base goes
-    on mirrored where it ends. target: index into `layers`, or -1 when the target belongs to the base.
-    Layers after the target cover it. parts: the target's outline; box: the part of it in the frame, NaN when that is
-    little. haunts: centres (2,) of what a lost tracker might hold on to.
+    size: the frame's width and height, outside of which there is only the base's mean colour; inside, the
+    base goes on mirrored where it ends. target: index into `layers`, or -1 when the target belongs to the
+    base; layers after it cover it. haunts: centres (2,) of what a lost tracker might hold on to.
+    Worked out: parts, the target's outline; box (4,), the part of it in the frame, NaN when that is little.
     """
 
     base: Layer
@@ -132,8 +132,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Shot:
-    """A drawn crop (n, n, 3) uint8 BGR; share: how much of the target's area can be seen (0 to 1): not outside the
-    crop or the frame, not covered; outside: (n, n) bool, beyond the frame, or None; fill (3,): its colour."""
+    """A drawn crop.
+
+    crop: (H, W, 3) uint8 BGR. share: how much of the target's area can be seen in it, 0 to 1: not outside the
+    crop or the frame, not covered. outside: (H, W) bool, beyond the frame, or None; fill: (3,) its colour.
+    """
 
     crop: np.ndarray
     share: float
@@ -142,7 +145,7 @@ class Shot:
 
 
 def crop_resolution(window: Window) -> int:
-    """Side of the crop as drawn: a small window is drawn at the frame's own pixels, enlarged later as in tracking."""
+    """Side of the crop as drawn: a small window at the frame's own pixels, to be enlarged as in tracking."""
     return min(window.side, CROP_SIZE)
 
 
@@ -153,16 +156,25 @@ def to_crop(window: Window) -> np.ndarray:
 
 
 def draw(scene: Scene, window: Window) -> Shot:
-    """Draw the window's part of a scene, at `crop_resolution(window)`."""
+    """Draw the window's part of a scene, a square of side `crop_resolution(window)`."""
     side = crop_resolution(window)
-    frame_to_crop = to_crop(window)
-    crop = _resample(scene.base, frame_to_crop, (0, 0, side, side), cv2.BORDER_REFLECT_101)
+    return _draw(scene, to_crop(window), (side, side))
+
+
+def draw_frame(scene: Scene) -> Shot:
+    """Draw a whole frame."""
+    return _draw(scene, np.eye(3), (round(scene.size[0]), round(scene.size[1])))
+
+
+def _draw(scene: Scene, frame_to_crop: np.ndarray, size: tuple[int, int]) -> Shot:
+    """`size` (width, height) pixels of a scene, seen through the map `frame_to_crop`."""
+    crop = _resample(scene.base, frame_to_crop, (0, 0, *size), cv2.BORDER_REFLECT_101)
     if scene.target < 0:
-        seen = _fill([geo.apply(frame_to_crop, p) for p in scene.parts], side)
+        seen = _fill([geo.apply(frame_to_crop, p) for p in scene.parts], size)
         full = polygon_area(scene.parts) * geo.magnification(frame_to_crop) ** 2
     else:
         target = scene.layers[scene.target]
-        seen = np.zeros((side, side), np.float32)
+        seen = np.zeros(crop.shape[:2], np.float32)
         full = target.picture.area * geo.magnification(frame_to_crop @ target.to_frame) ** 2
     for index, layer in enumerate(scene.layers):
         laid = _lay(crop, layer, frame_to_crop)
@@ -173,27 +185,27 @@ def draw(scene: Scene, window: Window) -> Shot:
             seen[y0:y1, x0:x1] = alpha
         else:
             seen[y0:y1, x0:x1] *= 1 - alpha
-    outside = _outside(scene, frame_to_crop, side)
+    outside = _outside(scene, frame_to_crop, size)
     if outside is not None:
         crop[outside] = scene.base.picture.mean
         seen[outside] = 0
     return Shot(crop, min(1.0, float(seen.sum()) / max(full, 1e-6)), outside, scene.base.picture.mean)
 
 
-def _outside(scene: Scene, frame_to_crop: np.ndarray, side: int) -> np.ndarray | None:
+def _outside(scene: Scene, frame_to_crop: np.ndarray, size: tuple[int, int]) -> np.ndarray | None:
     low, high = geo.apply(frame_to_crop, np.array([[0.0, 0.0], scene.size]))
-    x0, y0 = np.clip(np.round(low), 0, side).astype(int)
-    x1, y1 = np.clip(np.round(high), 0, side).astype(int)
-    if (x0, y0, x1, y1) == (0, 0, side, side):
+    x0, y0 = np.clip(np.round(low), 0, size).astype(int)
+    x1, y1 = np.clip(np.round(high), 0, size).astype(int)
+    if (x0, y0, x1, y1) == (0, 0, *size):
         return None
-    outside = np.ones((side, side), bool)
+    outside = np.ones(size[::-1], bool)
     outside[y0:y1, x0:x1] = False
     return outside
 
 
-def _fill(parts: list[np.ndarray], side: int) -> np.ndarray:
-    """Mask (side, side) float32 of closed polygons in crop pixels."""
-    mask = np.zeros((side, side), np.uint8)
+def _fill(parts: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Mask (height, width) float32 of closed polygons in crop pixels."""
+    mask = np.zeros(size[::-1], np.uint8)
     for part in parts:
         cv2.fillPoly(mask, [np.round(part * 16 - 8).astype(np.int32)], 1, shift=4)
     return mask.astype(np.float32)
@@ -201,14 +213,13 @@ def _fill(parts: list[np.ndarray], side: int) -> np.ndarray:
 
 def _lay(crop: np.ndarray, layer: Layer, frame_to_crop: np.ndarray) -> tuple[Region, np.ndarray] | None:
     """Blend a cut-out over the crop in place -> its region and alpha there, None when it is all outside."""
-    side = crop.shape[0]
     box = geo.bounds(geo.apply(frame_to_crop, np.concatenate(layer.outline())))
     pad = 2.0
     if layer.streak is not None:
         streak = layer.streak * geo.magnification(frame_to_crop)
         pad += float(np.abs(streak).max())
     low = np.maximum(np.floor(box[:2] - pad), 0).astype(int)
-    high = np.minimum(np.ceil(box[:2] + box[2:] + pad), side).astype(int)
+    high = np.minimum(np.ceil(box[:2] + box[2:] + pad), crop.shape[1::-1]).astype(int)
     if (high <= low).any():
         return None
     region = (int(low[0]), int(low[1]), int(high[0]), int(high[1]))

@@ -72,6 +72,8 @@ class Unroll(nn.Module):
     def _features(self, frames: Tensor) -> Tensor:
         backbone = self.model.backbone
         if frames.dtype != torch.uint8:
+            if not torch.is_autocast_enabled(frames.device.type):
+                frames = frames.float()
             return backbone.tail(frames.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         crops = normalise(frames.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.recipe.freeze_stem):
@@ -90,7 +92,7 @@ class Unroll(nn.Module):
     def _written(
         self, prediction: Prediction, box: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """What the memory is told of a frame: mostly the prediction, at times the truth or something wrong."""
+        """What the memory is told of a frame: mostly the prediction, at times the truth or a wrong box."""
         scores, deltas = prediction.logits.float().sigmoid(), prediction.deltas.float()
         truth, wrong = self.recipe.write_truth, self.recipe.write_wrong
         if truth + wrong == 0:

@@ -97,7 +97,8 @@ def load_pretrained(model: DMV, path: str | os.PathLike[str]) -> None:
         missing, unexpected = [], ["other shapes"]
     lost = [n for n in missing if n.startswith(_STEM) and not n.endswith("num_batches_tracked")]
     if lost or unexpected:
-        raise CheckpointError(f"weights {path}: do not fit {model.config.backbone}: {(lost + unexpected)[:3]}")
+        wrong = (lost + unexpected)[:3]
+        raise CheckpointError(f"weights {path}: do not fit {model.config.backbone}: {wrong}")
 
 
 def sha256(path: Path) -> str:

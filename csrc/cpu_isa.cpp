@@ -1,0 +1,87 @@
+#include "cpu_isa.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(DMV_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace dmv_fast {
+namespace {
+
+constexpr Isa kAll[] = {Isa::amx, Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::generic};
+
+// Linux hands the 8 KB of tile registers only to a process that asks; the answer holds for all its threads.
+bool amx_granted() {
+#if defined(DMV_X86) && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+#ifdef DMV_X86
+bool has_amx_bf16() {
+  unsigned eax = 7, ebx, ecx = 0, edx;  // leaf 7: the compiler's own list does not know the tiles before GCC 13
+  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  return (edx >> 22 & 1) && (edx >> 24 & 1);
+}
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+bool detect(Isa isa) {
+#ifdef DMV_X86
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::amx: return detect(Isa::avx512_bf16) && has_amx_bf16() && amx_granted();
+    case Isa::avx512_bf16: return has_avx512() && __builtin_cpu_supports("avx512bf16");
+    case Isa::avx512: return has_avx512();
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Isa::generic: return true;
+  }
+#endif
+  return isa == Isa::generic;
+}
+
+}  // namespace
+
+const char* name_of(Isa isa) {
+  switch (isa) {
+    case Isa::amx: return "amx";
+    case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    case Isa::generic: break;
+  }
+  return "generic";
+}
+
+bool runs_here(Isa isa) {
+  static const bool runs[] = {
+      detect(Isa::generic), detect(Isa::avx2), detect(Isa::avx512), detect(Isa::avx512_bf16), detect(Isa::amx)};
+  return runs[static_cast<int>(isa)];
+}
+
+Isa chosen_isa() {
+  const char* wanted = std::getenv("DMV_FAST_CPU_ISA");
+  for (Isa isa : kAll) {
+    if (wanted && *wanted ? std::strcmp(wanted, name_of(isa)) == 0 : runs_here(isa)) {
+      STD_TORCH_CHECK(runs_here(isa), "DMV_FAST_CPU_ISA: ", wanted, " does not run on this processor");
+      return isa;
+    }
+  }
+  STD_TORCH_CHECK(false, "DMV_FAST_CPU_ISA: ", wanted, " is unknown, it should be amx, avx512_bf16, avx512, avx2 or generic");
+}
+
+}  // namespace dmv_fast

@@ -1,0 +1,97 @@
+"""The `dmv-fast` command: finds the subcommand, and turns bad input into one line.
+
+Each subcommand is a module with `add_arguments(parser)` and `run(args) -> int` (the exit code), imported only
+when it is asked for: `dmv-fast --help` loads neither torch nor OpenCV. Exit codes: 0 done, 1 a fault of ours,
+2 bad input, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+_COMMANDS = {
+    "track": ("dmv_fast.commands.track", "follow one target through a video, images or a camera"),
+    "doctor": ("dmv_fast.commands.doctor", "say what works on this machine, and why the rest does not"),
+    "train": ("dmv_fast.training.loop", "train a network by a recipe"),
+    "eval": ("dmv_fast.evaluation.runner", "measure a tracker on a dataset"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"dmv-fast: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dmv-fast` with these arguments (default: the process's own) and return the exit code."""
+    argv = _join_box(sys.argv[1:] if argv is None else argv)
+    if "--debug" in argv:
+        return _run(argv)
+    # OpenCV and FFmpeg would print lines of their own beside our one.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _run(argv)
+    except (ValueError, OSError, ImportError) as error:
+        _say("error", str(error) or type(error).__name__)
+        return 2
+    except Exception as error:
+        _say("error", f"{type(error).__name__}: {error} (--debug shows where)")
+        return 1
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        args = _parser(argv).parse_args(argv)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # argparse: --help, or a bad argument already reported
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output (`| head`) has gone; flush to nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(prog="dmv-fast", description="DMV: track one target by a memory of deep features.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module_name, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        if name == asked:
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+            command.add_argument("--debug", action="store_true", help="show tracebacks and every message")
+    return parser
+
+
+def _join_box(argv: Sequence[str]) -> list[str]:
+    """`--box -5,1,9,9` -> `--box=-5,1,9,9`: argparse takes a value with a leading minus for an option."""
+    joined: list[str] = []
+    for word in argv:
+        if joined and joined[-1] == "--box" and word[:1] == "-" and word[1:2].isdigit():
+            joined[-1] = f"--box={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _say(kind: str, message: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"dmv-fast: {kind}: {' '.join(message.split())}", file=sys.stderr)  # beside a progress bar too
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    _say("warning", str(message))

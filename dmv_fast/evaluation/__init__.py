@@ -1,0 +1,1 @@
+"""Benchmarks: dataset readers, metrics, the runner behind `dmv-fast eval`, plots."""

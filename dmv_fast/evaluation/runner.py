@@ -1,0 +1,295 @@
+"""One-pass evaluation of a tracker over sequences, and `dmv-fast eval`, which also scores predictions."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from dmv_fast.evaluation import datasets
+from dmv_fast.evaluation.datasets import DatasetError, Sequence
+from dmv_fast.evaluation.results import Results, Run, load_run, save_run, score_predictions, summarise_runs
+from dmv_fast.evaluation.trackers import OPENCV_TRACKERS, DMVFactory, OpenCVFactory, Tracker
+
+# Read when a process starts, so set around the start of the workers: N of them, a thread each, use N cores.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def evaluate(
+    tracker_factory: Callable[[], Tracker],
+    sequences: Iterable[Sequence],
+    *,
+    out: Path | str | None = None,
+    jobs: int = 1,
+    resume: bool = True,
+    progress: bool = False,
+) -> Results:
+    """Run a tracker once over every sequence, from its first annotated box on, and score it.
+
+    Args:
+        tracker_factory: makes the tracker, one a process. Its `label` and `settings()`, where it has them,
+            name the results and tell which of the sequences saved in `out` are done.
+        out: where each sequence's predictions, times and scores go as it ends, then results.csv and .json.
+        jobs: processes over sequences, each with one thread; 1 = this process. They are spawned, so the
+            factory must pickle, and a script must guard its start with `if __name__ == "__main__"`.
+        resume: take what `out` already has of the same settings, instead of running it again.
+        progress: a bar, and a line a sequence, on stderr.
+
+    Raises:
+        ValueError: bad arguments; DatasetError (a ValueError): a frame that cannot be read.
+        RuntimeError: the tracker failed; names the sequence. What was finished before stays in `out`.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}; it must be at least 1")
+    sequences = list(sequences)
+    _check_names(sequences)
+    out = None if out is None else Path(out)
+    label = getattr(tracker_factory, "label", None) or getattr(tracker_factory, "__name__", "tracker")
+    settings = tracker_factory.settings() if hasattr(tracker_factory, "settings") else {"tracker": label}
+    runs: dict[str, Run] = {}
+    if out is not None and resume:
+        saved = {sequence.name: load_run(out, sequence, settings) for sequence in sequences}
+        runs = {name: run for name, run in saved.items() if run is not None}
+    pending = [sequence for sequence in sequences if sequence.name not in runs]
+    if progress and runs:
+        print(
+            f"{len(runs)} of {len(sequences)} sequences are in {out} already, of the same settings",
+            file=sys.stderr,
+        )
+    total, disable = sum(len(s) - s.start for s in pending), None if progress else True
+    with tqdm(total=total, unit="frame", disable=disable, leave=False) as bar:
+        for sequence, run in _run_all(tracker_factory, pending, min(jobs, len(pending)), bar):
+            runs[sequence.name] = run
+            if out is not None:
+                save_run(out, sequence, run, settings)
+            if progress:
+                _report(sequence, summarise_runs(label, settings, [sequence], runs))
+    results = summarise_runs(label, settings, sequences, runs)
+    if out is not None:
+        results.write(out)
+    return results
+
+
+def _check_names(sequences: list[Sequence]) -> None:
+    if not sequences:
+        raise ValueError("sequences is empty; there is nothing to evaluate")
+    name, count = Counter(sequence.name for sequence in sequences).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"sequences has {count} named {name}; names must differ, since files take them")
+
+
+def _report(sequence: Sequence, results: Results) -> None:
+    row = results.rows()[0]
+    figures = f"AUC {row['auc']:.3f}  AO {row['ao']:.3f}  {row['fps']:.1f} FPS"
+    tqdm.write(f"{sequence.name}: {len(sequence)} frames  {figures}", file=sys.stderr)
+
+
+def track_sequence(tracker: Tracker, sequence: Sequence, on_frame: Callable[[], None] = lambda: None) -> Run:
+    """One pass of a tracker over a sequence -> Run. on_frame: called after each frame; may raise to stop."""
+    n, start = len(sequence), sequence.start
+    boxes, seconds, scores = np.full((n, 4), np.nan), np.full(n, np.nan), np.full(n, np.nan)
+    found = np.zeros(n, dtype=bool)
+    began = time.perf_counter()
+    for index, image in enumerate(sequence.images(start), start=start):
+        called = time.perf_counter()
+        if index == start:
+            box = tuple(sequence.boxes[start].tolist())
+            tracker.init(image, box)
+            score, here = 1.0, True
+        else:
+            result = tracker.track(image)
+            box, score, here = result.box, result.score, result.found
+        seconds[index] = time.perf_counter() - called
+        if np.isinf(box).any():
+            raise ValueError(f"frame {index} got the box {tuple(box)}")
+        boxes[index], scores[index], found[index] = [float(f"{v:.4f}") for v in box], score, here
+        on_frame()
+    return Run(boxes, seconds, scores, found, time.perf_counter() - began)
+
+
+def _track(tracker: Tracker, sequence: Sequence, on_frame: Callable[[], None]) -> Run:
+    try:
+        return track_sequence(tracker, sequence, on_frame)
+    except (DatasetError, _Stopped):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"the tracker failed on {sequence.name}: {what}") from error
+
+
+def _run_all(
+    tracker_factory: Callable[[], Tracker], pending: list[Sequence], jobs: int, bar: tqdm
+) -> Iterator[tuple[Sequence, Run]]:
+    """Each pending sequence with its run, as they end."""
+    if jobs > 1:
+        yield from _run_parallel(tracker_factory, pending, jobs, bar)
+    elif pending:
+        tracker = tracker_factory()
+        for sequence in pending:
+            yield sequence, _track(tracker, sequence, bar.update)
+
+
+def _run_parallel(
+    tracker_factory: Callable[[], Tracker], pending: list[Sequence], jobs: int, bar: tqdm
+) -> Iterator[tuple[Sequence, Run]]:
+    context = multiprocessing.get_context("spawn")
+    frames, stop = context.Value("q", 0), context.Event()
+    with (
+        _one_thread_a_process(),
+        ProcessPoolExecutor(jobs, context, _start_worker, (tracker_factory, frames, stop)) as pool,
+    ):
+        longest_first = sorted(pending, key=len, reverse=True)
+        futures = {pool.submit(_work, sequence): sequence for sequence in longest_first}
+        waiting = set(futures)
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                bar.update(frames.value - bar.n)
+                for future in done:
+                    yield futures[future], future.result()
+        except BrokenProcessPool:
+            message = "a worker process died (out of memory?); finished sequences are kept"
+            raise RuntimeError(message) from None
+        finally:  # after an error or Ctrl-C, the workers end at their next frame
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_thread_a_process() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+# ---- inside a worker process ----
+
+
+class _Stopped(Exception):
+    """The parent asked the workers to end."""
+
+
+class _Worker:
+    """What a worker process keeps between sequences; set once, when it starts."""
+
+    tracker_factory: Callable[[], Tracker]
+    tracker: Tracker | None = None
+    frames: object
+    stop: object
+
+
+def _start_worker(tracker_factory: Callable[[], Tracker], frames: object, stop: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    cv2.setNumThreads(1)
+    _Worker.tracker_factory, _Worker.frames, _Worker.stop = tracker_factory, frames, stop
+
+
+def _work(sequence: Sequence) -> Run:
+    if _Worker.tracker is None:
+        _Worker.tracker = _Worker.tracker_factory()
+    return _track(_Worker.tracker, sequence, _count_frame)
+
+
+def _count_frame() -> None:
+    with _Worker.frames.get_lock():
+        _Worker.frames.value += 1
+    if _Worker.stop.is_set():
+        raise _Stopped
+
+
+# ---- dmv-fast eval ----
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Data set, tracker or predictions, and where the results go."""
+    parser.add_argument(
+        "dataset", metavar="DATASET", choices=[*datasets.READERS, "auto"],
+        help=f"{', '.join(datasets.READERS)}, or auto: told from the files",
+    )  # fmt: skip
+    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="the folder of the data set")
+    parser.add_argument(
+        "--sequences", nargs="+", metavar="NAME", help="only these; @FILE stands for the names in a file"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--tracker", default="dmv", help=f"dmv, or opencv:{'|'.join(OPENCV_TRACKERS)} (dmv)")
+    what.add_argument(
+        "--predictions", nargs="+", type=Path, metavar="DIR", help="run nothing, score these predictions"
+    )
+    parser.add_argument("--weights", default="dmv18", help="shipped network or .safetensors file (dmv18)")
+    parser.add_argument("-k", type=int, metavar="K", help="candidates a location (the network's own)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (auto)")
+    parser.add_argument("--backend", default="auto", help="auto, or one that `dmv-fast doctor` lists (auto)")
+    parser.add_argument("--no-memory", action="store_true", help="remember the first frame alone")
+    parser.add_argument("--nano-dir", type=Path, metavar="DIR", help="the two .onnx files of opencv:nano")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes, a thread each (1: this one)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: eval/ROOT-TRACKER)")
+    parser.add_argument("--rerun", action="store_true", help="run again what --out already has")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print the table, write the files. Returns the exit code; bad input is a ValueError."""
+    sequences = datasets.load(args.dataset, args.root)
+    if args.sequences:
+        sequences = datasets.select(sequences, args.sequences)
+    if args.predictions:
+        return _score(args, sequences)
+    factory = _factory(args)
+    out = args.out or Path("eval") / f"{args.root.resolve().name}-{factory.label}"
+    results = evaluate(factory, sequences, out=out, jobs=args.jobs, resume=not args.rerun, progress=True)
+    print(results.table())
+    _plot([results], out)
+    print(f"written to {out}")
+    return 0
+
+
+def _score(args: argparse.Namespace, sequences: list[Sequence]) -> int:
+    scored = [score_predictions(folder, sequences) for folder in args.predictions]
+    for results in scored:
+        print(results.table())
+    if args.out is not None:
+        for results in scored:
+            results.write(args.out if len(scored) == 1 else args.out / results.tracker)
+        _plot(scored, args.out)
+        print(f"written to {args.out}")
+    return 0
+
+
+def _factory(args: argparse.Namespace) -> DMVFactory | OpenCVFactory:
+    if args.tracker.startswith("opencv:"):
+        return OpenCVFactory(args.tracker.removeprefix("opencv:"), args.nano_dir)
+    if args.tracker != "dmv":
+        known = ", ".join(["dmv", *(f"opencv:{kind}" for kind in OPENCV_TRACKERS)])
+        raise ValueError(f"tracker is {args.tracker!r}; known: {known}")
+    return DMVFactory(args.weights, args.k, args.device, args.dtype, args.backend, memory=not args.no_memory)
+
+
+def _plot(results: list[Results], out: Path) -> None:
+    try:
+        from dmv_fast.evaluation.plots import plot_curves
+    except ImportError:
+        print("no plots: they need matplotlib (pip install 'dmv-fast[eval]')", file=sys.stderr)
+        return
+    plot_curves({result.tracker: result.score for result in results}, out)
