@@ -12,34 +12,32 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIN := $(if $(TORCH),torch==$(TORCH),-c constraints.txt)
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint clean
 
 help:
 	@echo 'make demo   track a target in a real clip: annotated video, boxes and a contact sheet in demo_out/'
 	@echo 'make test   the whole test suite'
 	@echo 'make lint   ruff'
-	@echo 'make bench  time the operators and a whole frame on this machine'
 	@echo 'make clean  remove .venv and everything built'
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-
-bench: $(STAMP)
-	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) build dist demo_out *.egg-info dmv_fast/_build.json dmv_fast/_C.*
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# Debian's python3 makes no venv with pip in it unless python3-venv is there; its own pip can put one in.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV); }
-	$(BIN)/python -m pip --version || $(PYTHON) -m pip --python $(BIN)/python install pip
+	$@ -m pip --version || $(PYTHON) -m pip install pip \
+	    --target "$$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 # torch comes first, and no isolation: the extension is built with the headers of the torch that it will run on.
 $(STAMP): $(SOURCES) | $(BIN)/python

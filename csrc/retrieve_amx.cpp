@@ -7,6 +7,7 @@
 
 DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16")
 #include "lanes_avx512.h"
+#include "numbers.h"
 #include "topk.h"
 #include "retrieve_loop.h"
 

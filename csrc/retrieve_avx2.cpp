@@ -5,6 +5,7 @@
 DMV_TARGET_BEGIN("avx2,fma,f16c")
 #define DMV_LANES 8
 #include "lanes_portable.h"
+#include "numbers.h"
 #include "topk.h"
 #include "retrieve_loop.h"
 #include "product_float32.h"

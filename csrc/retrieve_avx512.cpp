@@ -7,6 +7,7 @@
 
 DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #include "lanes_avx512.h"
+#include "numbers.h"
 #include "topk.h"
 #include "retrieve_loop.h"
 #include "product_float32.h"

@@ -33,16 +33,16 @@ char* Scratch::reserve(int64_t wanted) {
   return bytes;
 }
 
-namespace {
-
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return Dtype::float32;
     case ScalarType::BFloat16: return Dtype::bfloat16;
     case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, "query: its dtype should be float32, bfloat16 or float16");
+    default: STD_TORCH_CHECK(false, "dtype: should be float32, bfloat16 or float16");
   }
 }
+
+namespace {
 
 RetrieveTiles kernel_for(Isa isa, Dtype dtype) {
 #ifdef DMV_X86

@@ -2,6 +2,7 @@
 #include "retrieve_cpu.h"
 
 #include "lanes_portable.h"
+#include "numbers.h"
 #include "topk.h"
 #include "retrieve_loop.h"
 #include "product_float32.h"

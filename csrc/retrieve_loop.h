@@ -1,5 +1,5 @@
-// The pass over the memory: for one thread's query tiles, chunk of keys by chunk of keys. Wants topk.h before it and
-// works with any `Product`, the matrix product of 32 keys by 32 queries (product_*.h):
+// The pass over the memory: for one thread's query tiles, chunk of keys by chunk of keys. Wants topk.h and numbers.h
+// before it and works with any `Product`, the matrix product of 32 keys by 32 queries (product_*.h):
 //   Element        what rows and packed queries hold (float, or bfloat16 as uint16_t)
 //   kTogether      neighbouring depths that lie side by side in the packed queries
 //   kDepthStep     rows are padded to a multiple of this depth
@@ -15,41 +15,6 @@ namespace {
 constexpr int kBlock = 32;       // keys of one logits block
 constexpr int kGroups = kBlock / kGroup;
 constexpr int64_t kChunk = 512;  // keys that stay in the L2 cache while all tiles pass over them
-
-inline float float_of(float x) { return x; }
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float float_of(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-struct Float16 {
-  uint16_t bits;
-};
-
-// Exponent and fraction moved to float32's places are the value divided by 2^112; all ones is infinity or NaN.
-inline float float_of(Float16 x) {
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  float value;
-  __builtin_memcpy(&value, &magnitude, 4);
-  value *= 0x1p112f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  bits |= (magnitude >= 0x7c00u << 13 ? 0xffu << 23 : 0u) | uint32_t(x.bits & 0x8000) << 16;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline void convert(float& to, float from) { to = from; }
-inline void convert(float& to, BFloat16 from) { to = float_of(from); }
-inline void convert(float& to, Float16 from) { to = float_of(from); }
-inline void convert(uint16_t& to, BFloat16 from) { to = from.bits; }
 
 // [keys][depth] -> [keys padded to whole blocks][padded depth], zero where there is nothing.
 template <class Source, class Element>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -419,3 +420,13 @@ def test_made_clip_leaves_and_returns(tree):
     known = boxes[np.isfinite(boxes[:, 0])]
     assert (known[:, :2] >= 0).all() and (known[:, :2] + known[:, 2:] <= (width, height)).all()
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(first, second, strict=True))
+
+
+def test_held_out_samples_of_the_shared_data():
+    shared = Path(os.environ.get("DMV_FAST_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (shared / "data/train/annotations.jsonl").is_file():
+        pytest.skip(f"no shared training data in {shared} (set DMV_FAST_SHARED)")
+    for kind in MIX:
+        stream = SampleStream(shared / "data/train", seed=0, frames=3, mix={kind: 1.0}, held_out=True)
+        assert set(stream.mix) == {kind}
+        assert all(stream[index].present[0] for index in range(3))

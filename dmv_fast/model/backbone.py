@@ -97,13 +97,15 @@ class Backbone(nn.Module):
     layer3 is kept at stride 8 by dilation; layer4 is at stride 16 (grid 16) or, dilated too, at stride 8
     (grid 32). Each passes its own bottleneck to D/2 channels, layer3's with stride 2 in grid 16; both are
     concatenated. Parameters at D = 256: 11.6 M (resnet18), 24.2 M (resnet50). Key names of the trunk are
-    torchvision's.
+    torchvision's. unit_scale (ours): the features of a location are scaled to unit mean square, so that
+    what reads them need not follow their drifting size.
 
     crops (B, 3, 256, 256) normalised RGB -> features (B, D, H, W), H = W = grid.
     """
 
-    def __init__(self, name: str, *, grid: int = 16, key_dim: int = 256):
+    def __init__(self, name: str, *, grid: int = 16, key_dim: int = 256, unit_scale: bool = True):
         super().__init__()
+        self.unit_scale = unit_scale
         if name not in RESNETS:
             raise ValueError(f"backbone is {name!r}; it must be one of {sorted(RESNETS)}")
         if grid not in (16, 32):
@@ -135,8 +137,11 @@ class Backbone(nn.Module):
         return self.layer3(self.layer2(self.layer1(x)))
 
     def tail(self, layer3: Tensor) -> Tensor:
-        """layer4 and the bottlenecks: (B, C3, 32, 32) -> (B, D, H, W)."""
-        return torch.cat([self.neck3(layer3), self.neck4(self.layer4(layer3))], 1)
+        """layer4 and the bottlenecks: (B, C3, 32, 32) -> (B, D, H, W), unit mean square at each location."""
+        features = torch.cat([self.neck3(layer3), self.neck4(self.layer4(layer3))], 1)
+        if not self.unit_scale:
+            return features
+        return features * torch.rsqrt(features.float().square().mean(1, keepdim=True) + 1e-6).to(features.dtype)
 
     def forward(self, crops: Tensor) -> Tensor:
         return self.tail(self.stem(crops))

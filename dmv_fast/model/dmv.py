@@ -64,7 +64,9 @@ class DMV(nn.Module):
         super().__init__()
         self.config = config
         A = len(config.anchor_ratios)
-        self.backbone = Backbone(config.backbone, grid=config.grid, key_dim=config.key_dim)
+        self.backbone = Backbone(
+            config.backbone, grid=config.grid, key_dim=config.key_dim, unit_scale=config.similarity == "cosine"
+        )
         self.read = MemoryRead(
             config.key_dim, config.value_dim, config.vote_dim, config.heads, config.similarity
         )

@@ -31,7 +31,7 @@ class MemoryRead(nn.Module):
             raise ValueError(f"similarity is {similarity!r}; it must be one of {SIMILARITIES}")
         self.similarity = similarity
         self.log_temperature = nn.Parameter(torch.tensor(math.log(self.start_temperature)))
-        self.null_value = nn.Parameter(torch.randn(value_dim) * 0.02)
+        self.null_value = nn.Parameter(torch.randn(value_dim))
         self.voting = VotingNet(key_dim, value_dim, vote_dim, heads)
 
     def query(self, features: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import warnings
 
 import torch
@@ -38,7 +39,8 @@ def _problem(backend: str, device_type: str) -> str | None:
         return None
     if backend == "cpu":
         return _extension_problem() if device_type == "cpu" else "it runs on the CPU only"
-    if device_type != "cuda":
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not interpreted:
         return "it runs on CUDA devices only"
     if backend == "triton":
         return _triton_problem()

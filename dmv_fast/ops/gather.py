@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dmv_fast.ops.backends import check_backend
+from dmv_fast.ops.retrieve import key_rows, with_contiguous_rows
 
 
 def gather_reference(
@@ -18,16 +19,11 @@ def gather_reference(
     return (weights.unsqueeze(-1) * selected + query_part.float().unsqueeze(2)).to(values.dtype)
 
 
-def _flat_rows(indices: Tensor, count: int) -> Tensor:
-    """indices (B, M, K) of one batch item's rows -> rows of the (B * N, ...) matrix; the null column becomes 0."""
-    first_row = torch.arange(indices.shape[0], device=indices.device).view(-1, 1, 1) * count
-    return (indices.clamp(min=0).long() + first_row).flatten()
-
-
 def _select(values: Tensor, indices: Tensor) -> Tensor:
+    """(B, M, K, C): each index's value, anything for the null column."""
     if values.shape[1] == 0:
         return values.new_zeros(*indices.shape, values.shape[2])
-    rows = _flat_rows(indices, values.shape[1])
+    rows = key_rows(indices, values.shape[1]).flatten()
     return values.reshape(-1, values.shape[2]).index_select(0, rows).view(*indices.shape, values.shape[2])
 
 
@@ -44,7 +40,8 @@ def _run(
     values: Tensor, null_value: Tensor, query_part: Tensor, indices: Tensor, scores: Tensor, backend: str
 ) -> Tensor:
     backend = check_backend(backend, values.device.type)
-    arguments = (values, null_value, query_part, indices, scores)
+    values, query_part = with_contiguous_rows(values), with_contiguous_rows(query_part)
+    arguments = (values, null_value.contiguous(), query_part, indices.contiguous(), scores.contiguous())
     if backend == "cpu":
         return torch.ops.dmv_fast.gather_candidates_cpu.default(*arguments)
     if backend == "triton":
@@ -76,18 +73,15 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     k = scores.shape[-1]
     grad = grad.float()  # (B, M, K, C)
     scale = k / scores.sum(-1, keepdim=True)
-    is_null = (indices < 0).unsqueeze(-1)
-    weighted = (scores * scale).unsqueeze(-1) * grad
-    grad_null = (weighted * is_null).sum((0, 1, 2)).to(null_value.dtype)
-    grad_values = grad.new_zeros(batch * count, width)
-    if count:
-        rows = _flat_rows(indices, count)
-        grad_values = grad_values.index_add(0, rows, weighted.masked_fill(is_null, 0.0).view(-1, width))
-    selected = torch.where(is_null, null_value, _select(values, indices)).float()
-    along = (grad * selected).sum(-1)  # (B, M, K)
-    grad_scores = scale * (along - (along * scores * scale).sum(-1, keepdim=True) / k)
-    grad_query = grad.sum(2).to(ctx.query_dtype)
-    return grad_values.view(values.shape).to(values.dtype), grad_null, grad_query, None, grad_scores, None
+    is_null = indices < 0
+    rows = key_rows(indices, count).masked_fill(is_null, batch * count).flatten()  # one row more, for the null value
+    weighted = ((scores * scale).unsqueeze(-1) * grad).view(-1, width)
+    grad_table = grad.new_zeros(batch * count + 1, width).index_add_(0, rows, weighted)
+    grad_values = grad_table[:-1].view(values.shape).to(values.dtype)
+    grad_null = grad_table[-1].to(null_value.dtype)
+    along = torch.where(is_null, grad @ null_value.float(), (grad * _select(values, indices)).sum(-1))
+    grad_scores = scale * (along - (along * scores).sum(-1, keepdim=True) * (scale / k))
+    return grad_values, grad_null, grad.sum(2).to(ctx.query_dtype), None, grad_scores, None
 
 
 torch.library.register_autograd("dmv_fast::gather_candidates", _backward, setup_context=_save, lib=_library)

@@ -26,6 +26,17 @@ def retrieve_reference(query: Tensor, keys: Tensor, k: int, valid: Tensor | None
     return torch.nn.functional.pad(scores, missing), torch.nn.functional.pad(indices, missing, value=-1)
 
 
+def key_rows(indices: Tensor, count: int) -> Tensor:
+    """indices (B, M, K) within each batch item -> int64 rows of the (B * count, ...) matrix; null becomes row 0's."""
+    first_row = torch.arange(indices.shape[0], device=indices.device).view(-1, 1, 1) * count
+    return indices.clamp(min=0).long() + first_row
+
+
+def with_contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself, as the memory bank always is; a copy only of maps that come channels first."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 _library = torch.library.Library("dmv_fast", "FRAGMENT")
 _library.define(
     "retrieve(Tensor query, Tensor keys, int k, Tensor? valid, str backend) -> (Tensor scores, Tensor indices)"
@@ -43,6 +54,7 @@ def _run(query: Tensor, keys: Tensor, k: int, valid: Tensor | None, backend: str
             raise ValueError(f"valid: holds {counts}, it should lie in 0..{keys.shape[1]}, the number of keys")
     if backend == "reference" or keys.shape[1] == 0:
         return retrieve_reference(query, keys, k, valid)
+    query, keys = with_contiguous_rows(query), with_contiguous_rows(keys)
     if backend == "triton":
         from dmv_fast.kernels.retrieve import retrieve as retrieve_triton
 
@@ -72,15 +84,16 @@ def _backward(ctx, grad_scores: Tensor, _grad_indices) -> tuple[Tensor | None, .
     """
     query, keys, scores, indices = ctx.saved_tensors
     batch, count, depth = keys.shape
+    if count == 0:
+        return torch.zeros_like(query), torch.zeros_like(keys), None, None, None
     grad = scores * (grad_scores - (grad_scores * scores).sum(-1, keepdim=True))
-    grad = grad.masked_fill(indices < 0, 0.0).unsqueeze(-1)  # (B, M, K, 1); the null logit is the constant 0
-    first_row = torch.arange(batch, device=keys.device).view(-1, 1, 1) * count
-    rows = (indices.clamp(min=0).long() + first_row).flatten()
-    selected = keys.reshape(-1, depth).index_select(0, rows).view(*indices.shape, depth)
-    grad_query = (grad * selected.float()).sum(2).to(query.dtype)
-    spread = (grad * query.float().unsqueeze(2)).view(-1, depth)
-    grad_keys = spread.new_zeros(batch * count, depth).index_add(0, rows, spread)
-    return grad_query, grad_keys.view(keys.shape).to(keys.dtype), None, None, None
+    grad = grad.masked_fill(indices < 0, 0.0)  # (B, M, K); the null logit is the constant 0
+    rows = key_rows(indices, count)
+    bags = (rows.view(-1, rows.shape[-1]), keys.reshape(-1, depth).float())
+    grad_query = torch.nn.functional.embedding_bag(*bags, mode="sum", per_sample_weights=grad.flatten(0, 1))
+    spread = (grad.unsqueeze(-1) * query.float().unsqueeze(2)).view(-1, depth)
+    grad_keys = spread.new_zeros(batch * count, depth).index_add_(0, rows.flatten(), spread)
+    return grad_query.view(query.shape).to(query.dtype), grad_keys.view(keys.shape).to(keys.dtype), None, None, None
 
 
 torch.library.register_autograd("dmv_fast::retrieve", _backward, setup_context=_save, lib=_library)
@@ -126,7 +139,8 @@ def retrieve(
 
     Args:
         query: (B, M, D) float32, bfloat16 or float16, D in 1..512.
-        keys: (B, N, D), same dtype and device: the memory bank itself, it is not copied.
+        keys: (B, N, D), same dtype and device: the memory bank itself, it is not copied (only where the last
+            stride of keys or query is not 1, that one is).
         k: columns to return, 1..32.
         valid: how many leading keys exist: None (all), an int, or an int32 tensor (B,) on the same device
             (on a CUDA device its values are the caller's promise: checking them would wait for the device).

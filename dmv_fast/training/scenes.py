@@ -159,7 +159,7 @@ def _ripples(
 def paste_scenes(
     rng: np.random.Generator, catalog: Catalog, times: np.ndarray, *, leaves: float = LEAVES
 ) -> list[Scene] | None:
-    """A cut-out that moves on its own; with the probability `leaves` it goes out of view, and maybe returns."""
+    """A cut-out that moves on its own; with probability `leaves` it goes out of view, and maybe returns."""
     target = catalog.objects[catalog.cutouts[rng.integers(len(catalog.cutouts))]]
     if target.label == MEANINGLESS and rng.random() < 0.5:
         return None
