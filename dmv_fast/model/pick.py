@@ -13,7 +13,7 @@ from torch import Tensor
 class PickConfig:
     """Strength of each term; 0 (or smoothing 1) switches it off."""
 
-    size_penalty: float = 0.1
+    size_penalty: float = 0.03
     """How strongly a sudden change of size or aspect lowers a score."""
     window: float = 0.1
     """Share of a cosine window over the crop in the ranking."""

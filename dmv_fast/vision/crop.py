@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 CROP_SIZE = 256
-_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB
-_STD = (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB
+STD = (0.229, 0.224, 0.225)
 _MEAN_SAMPLES = 100  # rows and columns looked at for the frame's mean colour: exact enough, free on 8K frames
 
 
@@ -81,6 +81,6 @@ def cut(image: np.ndarray, window: Window, size: int = CROP_SIZE) -> np.ndarray:
 def normalise(crops: Tensor) -> Tensor:
     """uint8 BGR crops (B, H, W, 3) -> float32 RGB (B, 3, H, W), ImageNet mean and deviation."""
     rgb = crops.flip(-1).permute(0, 3, 1, 2).float() / 255
-    mean = torch.tensor(_MEAN, device=crops.device).view(3, 1, 1)
-    std = torch.tensor(_STD, device=crops.device).view(3, 1, 1)
+    mean = torch.tensor(MEAN, device=crops.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=crops.device).view(3, 1, 1)
     return (rgb - mean) / std
