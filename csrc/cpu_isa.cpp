@@ -33,9 +33,14 @@ bool has_amx_bf16() {
   return (edx >> 22 & 1) && (edx >> 24 & 1);
 }
 
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt");
+}
+
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_avx2();
 }
 #endif
 
@@ -46,8 +51,7 @@ bool detect(Isa isa) {
     case Isa::amx: return detect(Isa::avx512_bf16) && has_amx_bf16() && amx_granted();
     case Isa::avx512_bf16: return has_avx512() && __builtin_cpu_supports("avx512bf16");
     case Isa::avx512: return has_avx512();
-    case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Isa::avx2: return has_avx2();
     case Isa::generic: return true;
   }
 #endif

@@ -20,13 +20,21 @@ struct Lanes {
   static Vector fill(float x) { return x - Vector{}; }
   static Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
   static void store(float* p, Vector a) { *reinterpret_cast<Vector*>(p) = a; }
+  static Vector load_bits(const int32_t* p) { return *reinterpret_cast<const Vector*>(p); }
+  static void store_bits(int32_t* p, Vector a) { *reinterpret_cast<Vector*>(p) = a; }
   static Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
   static Vector multiply_subtract(Vector a, Vector b, Vector c) { return a * b - c; }
   static Vector add(Vector a, Vector b) { return a + b; }
   static Vector subtract(Vector a, Vector b) { return a - b; }
   static Vector multiply(Vector a, Vector b) { return a * b; }
+  static Vector divide(Vector a, Vector b) { return a / b; }
   static Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
   static Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+  using Mask = Integers;
+  static Mask no_lane() { return Integers{}; }
+  static Mask greater(Vector a, Vector b) { return a > b; }
+  static Vector choose(Mask mask, Vector a, Vector b) { return mask ? a : b; }
 
   // 2^t for t <= 0 (a little above by rounding), relative error 1e-7; 0 below 2^-126, NaN stays NaN,
   // and 0 gives 1 exactly.
@@ -45,11 +53,16 @@ struct Lanes {
     return under ? Vector{} : p * reinterpret_cast<const Vector&>(scale);
   }
 
-  // Bit i says x[i] > bound[i], for kTile lanes.
-  static uint64_t above(const float* x, const float* bound) {
-    uint64_t bits = 0;
-    for (int lane = 0; lane < kTile; ++lane) bits |= uint64_t(x[lane] > bound[lane]) << lane;
-    return bits;
+  // Appends first + lane to the `count` numbers in `list` for each of kTile lanes with x > bound; returns their number.
+  static int list_above(const float* x, const Vector (&bound)[kVectors], int first, int32_t* list, int count) {
+    for (int i = 0; i < kVectors; ++i) {
+      const Integers above = load(x + i * kWidth) > bound[i];
+      for (int lane = 0; lane < kWidth; ++lane) {
+        list[count] = first + i * kWidth + lane;
+        count -= above[lane];
+      }
+    }
+    return count;
   }
   static bool any_above(const Vector (&x)[kVectors], const Vector (&bound)[kVectors]) {
     Integers found = x[0] > bound[0];
@@ -57,18 +70,6 @@ struct Lanes {
     int32_t any = 0;
     for (int lane = 0; lane < kWidth; ++lane) any |= found[lane];
     return any != 0;
-  }
-
-  // Puts (x, id) into a list sorted from the highest down, behind what equals it; the k-th drops out.
-  static void insert(float* best, int32_t* index, int k, float x, int32_t id) {
-    if (!(x > best[k - 1])) return;
-    int place = k - 1;
-    for (; place > 0 && best[place - 1] < x; --place) {
-      best[place] = best[place - 1];
-      index[place] = index[place - 1];
-    }
-    best[place] = x;
-    index[place] = id;
   }
 };
 

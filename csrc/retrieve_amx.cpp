@@ -5,7 +5,7 @@
 #ifdef DMV_X86
 #include <immintrin.h>
 
-DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16")
+DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,popcnt,amx-tile,amx-bf16")
 #include "lanes_avx512.h"
 #include "numbers.h"
 #include "topk.h"
@@ -38,7 +38,7 @@ struct ProductAmx {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int step = 0, group = 0; step < steps; ++step) {
+    for (int step = 0, group = 0, due = 0; step < steps; ++step) {
       const uint16_t* const query = queries + step * kDepthStep * kTile;
       const uint16_t* const row = rows + step * kDepthStep;
       _tile_loadd(4, row, stride * 2);
@@ -49,7 +49,7 @@ struct ProductAmx {
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
-      for (const int due = (step + 1) * kGroups / steps; group < due; ++group) between(group);
+      for (due += kGroups; due >= steps; due -= steps) between(group++);
     }
     _tile_stored(0, logits, kTile * 4);
     _tile_stored(1, logits + 16, kTile * 4);

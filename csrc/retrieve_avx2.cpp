@@ -2,7 +2,7 @@
 #include "retrieve_cpu.h"
 
 #ifdef DMV_X86
-DMV_TARGET_BEGIN("avx2,fma,f16c")
+DMV_TARGET_BEGIN("avx2,fma,f16c,bmi,popcnt")
 #define DMV_LANES 8
 #include "lanes_portable.h"
 #include "numbers.h"

@@ -5,7 +5,7 @@
 #ifdef DMV_X86
 #include <immintrin.h>
 
-DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,bmi,popcnt,f16c")
 #include "lanes_avx512.h"
 #include "numbers.h"
 #include "topk.h"

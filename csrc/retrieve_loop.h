@@ -12,9 +12,9 @@
 namespace dmv_fast {
 namespace {
 
-constexpr int kBlock = 32;       // keys of one logits block
 constexpr int kGroups = kBlock / kGroup;
-constexpr int64_t kChunk = 512;  // keys that stay in the L2 cache while all tiles pass over them
+constexpr int64_t kMaxChunk = 1024;          // keys that stay in the L2 cache while all tiles pass over them:
+constexpr int64_t kChunkBytes = 512 * 1024;  // as many as fill this
 
 // [keys][depth] -> [keys padded to whole blocks][padded depth], zero where there is nothing.
 template <class Source, class Element>
@@ -76,63 +76,65 @@ struct Chunk {
   }
 };
 
-// A block's selection: the sums group by group, and which groups hold something to insert once the block is through.
-struct Selection {
+// One tile's pass over one chunk: the product of a block of keys is made while the block before is selected from.
+template <class Chunk, class Element>
+struct Pass {
+  const Chunk& chunk;
+  const Element* queries;
   TileState& state;
-  Running& running;
-  const float* logits;
-  uint32_t found = 0;
+  Pending& pending;
+  float* logits;  // [keys of a chunk][kTile]
+  int k;
+  Running running{state};
 
-  void group(int g) {
-    found |= uint32_t(accumulate(running, logits + g * kGroup * kTile, state.threshold)) << g;
+  // The first chunk is multiplied whole before anything is selected: its logits give the first threshold.
+  void first() {
+    for (int64_t key = chunk.begin; key < chunk.end; key += kBlock)
+      chunk.multiply(key, queries, logits + (key - chunk.begin) * kTile, [](int) {});
+    raise_threshold(state, logits, chunk.end - chunk.begin, k);
+    running.load_threshold(state);
+    for (int64_t key = chunk.begin; key < chunk.end; key += kBlock)
+      select(logits + (key - chunk.begin) * kTile, key);
+    finish();
   }
-  void finish(int64_t first_key, int k) {
-    for (; found; found &= found - 1) {
-      const int g = __builtin_ctz(found);
-      insert_survivors(state, logits + g * kGroup * kTile, static_cast<int32_t>(first_key + g * kGroup), k);
+
+  void later() {
+    float *before = logits, *now = logits + kBlock * kTile;
+    chunk.multiply(chunk.begin, queries, before, [](int) {});
+    int64_t key = chunk.begin;
+    for (; key + kBlock < chunk.end; key += kBlock) {
+      uint32_t found = 0;
+      chunk.multiply(key + kBlock, queries, now, [&](int group) { found |= select_group(before, group); });
+      note(before, key, found);
+      float* const done = before;
+      before = now;
+      now = done;
     }
+    select(before, key);
+    finish();
+  }
+
+ private:
+  uint32_t select_group(const float* block, int group) {
+    return uint32_t(accumulate(running, block + group * kGroup * kTile)) << group;
+  }
+  void note(const float* block, int64_t key, uint32_t found) {
+    if (!found) return;
+    append(state, pending, block, found, static_cast<int32_t>(key), k);
+    running.load_threshold(state);
+  }
+  // Past the chunk's last key logits become -inf, which no sum and no list notices.
+  void select(float* block, int64_t key) {
+    for (int64_t i = (chunk.end - key) * kTile; i < kBlock * kTile; ++i) block[i] = -__builtin_inff();
+    uint32_t found = 0;
+    for (int group = 0; group < kGroups; ++group) found |= select_group(block, group);
+    note(block, key, found);
+  }
+  void finish() {
+    insert_pending(state, pending, k);
+    running.store(state);
   }
 };
-
-// Takes in one block of logits, `keys` of them real; the others become -inf, which no sum and no list notices.
-inline void consume_block(TileState& state, Running& running, float* logits, int64_t first_key, int64_t keys, int k) {
-  for (int64_t i = keys * kTile; i < kBlock * kTile; ++i) logits[i] = -__builtin_inff();
-  Selection selection{state, running, logits};
-  for (int g = 0; g < kGroups; ++g) selection.group(g);
-  selection.finish(first_key, k);
-}
-
-// The first chunk is multiplied whole before anything is selected: its logits give the first threshold.
-template <class Chunk, class Element>
-void take_first(const Chunk& chunk, const Element* queries, TileState& state, float* logits, int k) {
-  Running running(state);
-  for (int64_t key = chunk.begin; key < chunk.end; key += kBlock)
-    chunk.multiply(key, queries, logits + (key - chunk.begin) * kTile, [](int) {});
-  raise_threshold(state, logits, chunk.end - chunk.begin, k);
-  for (int64_t key = chunk.begin; key < chunk.end; key += kBlock)
-    consume_block(
-        state, running, logits + (key - chunk.begin) * kTile, key, smaller(kBlock, chunk.end - key), k);
-  running.store(state);
-}
-
-// The others block by block, each selected from while the next is multiplied.
-template <class Chunk, class Element>
-void take(const Chunk& chunk, const Element* queries, TileState& state, float* logits, int k) {
-  Running running(state);
-  float *before = logits, *now = logits + kBlock * kTile;
-  chunk.multiply(chunk.begin, queries, before, [](int) {});
-  int64_t key = chunk.begin;
-  for (; key + kBlock < chunk.end; key += kBlock) {
-    Selection selection{state, running, before};
-    chunk.multiply(key + kBlock, queries, now, [&](int group) { selection.group(group); });
-    selection.finish(key, k);
-    float* const done = before;
-    before = now;
-    now = done;
-  }
-  consume_block(state, running, before, key, chunk.end - key, k);
-  running.store(state);
-}
 
 template <class Product, class Source>
 void retrieve_tiles(const Retrieval& call, int64_t batch, int64_t first, int64_t last, Scratch& scratch) {
@@ -141,13 +143,18 @@ void retrieve_tiles(const Retrieval& call, int64_t batch, int64_t first, int64_t
   const int64_t keys = call.valid ? call.valid[batch] : call.count;
 
   const int64_t query_bytes = tiles * kTile * depth * sizeof(Element);
-  const int64_t row_bytes = (needs_packing<Product, Source>(call.depth) ? kChunk : kBlock) * depth * sizeof(Element);
-  const int64_t logit_bytes = kChunk * kTile * sizeof(float);
-  char* bytes = scratch.reserve(query_bytes + row_bytes + logit_bytes + tiles * int64_t(sizeof(TileState)));
+  const int64_t chunk_keys = smaller(kMaxChunk, kChunkBytes / (depth * sizeof(Element)) / kBlock * kBlock);
+  const int64_t packed_keys = needs_packing<Product, Source>(call.depth) ? chunk_keys : kBlock;
+  const int64_t row_bytes = packed_keys * depth * sizeof(Element);
+  const int64_t logit_bytes = chunk_keys * kTile * sizeof(float);
+  char* bytes =
+      scratch.reserve(query_bytes + row_bytes + logit_bytes + sizeof(Pending) + tiles * int64_t(sizeof(TileState)));
   Element* const queries = reinterpret_cast<Element*>(bytes);
   Element* const packed = reinterpret_cast<Element*>(bytes += query_bytes);
   float* const logits = reinterpret_cast<float*>(bytes += row_bytes);
-  TileState* const states = reinterpret_cast<TileState*>(bytes += logit_bytes);
+  Pending& pending = *reinterpret_cast<Pending*>(bytes += logit_bytes);
+  TileState* const states = reinterpret_cast<TileState*>(bytes += sizeof(Pending));
+  __builtin_memset(pending.count, 0, sizeof pending.count);
 
   const auto* query = reinterpret_cast<const Source*>(call.query) + batch * call.query_batch_stride;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -160,20 +167,22 @@ void retrieve_tiles(const Retrieval& call, int64_t batch, int64_t first, int64_t
 
   const auto* memory = reinterpret_cast<const Source*>(call.keys) + batch * call.key_batch_stride;
   Product::begin();
-  for (int64_t begin = 0; begin < keys; begin += kChunk) {
-    const Chunk<Product, Source> chunk(call, memory, begin, smaller(begin + kChunk, keys), packed);
+  for (int64_t begin = 0; begin < keys; begin += chunk_keys) {
+    const Chunk<Product, Source> chunk(call, memory, begin, smaller(begin + chunk_keys, keys), packed);
     for (int64_t t = 0; t < tiles; ++t) {
+      Pass<Chunk<Product, Source>, Element> pass{
+          chunk, queries + t * kTile * depth, states[t], pending, logits, call.k};
       if (begin == 0)
-        take_first(chunk, queries + t * kTile * depth, states[t], logits, call.k);
+        pass.first();
       else
-        take(chunk, queries + t * kTile * depth, states[t], logits, call.k);
+        pass.later();
     }
   }
   Product::end();
 
-  for (int64_t row = first * kTile; row < smaller(last * kTile, call.queries); ++row) {
-    const int64_t place = (batch * call.queries + row) * call.k;
-    write_results(states[row / kTile - first], row % kTile, call.k, call.scores + place, call.indices + place);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t row = (first + t) * kTile, place = (batch * call.queries + row) * call.k;
+    write_results(states[t], smaller(kTile, call.queries - row), call.k, call.scores + place, call.indices + place);
   }
 }
 

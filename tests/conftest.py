@@ -16,5 +16,5 @@ def shared_dir() -> Path:
     asked = os.environ.get("DMV_FAST_SHARED")
     folder = Path(asked) if asked else ROOT.parent / "shared"
     if not (folder / "data").is_dir():
-        pytest.skip(f"no shared data in {folder} (set DMV_FAST_SHARED to the folder that holds data/ and weights/)")
+        pytest.skip(f"no shared data in {folder} (DMV_FAST_SHARED names the folder with data/ and weights/)")
     return folder

@@ -72,7 +72,7 @@ def exact_logits(query: Tensor, keys: Tensor, valid: Tensor | int | None = None)
 
 
 def rounding(query: Tensor, keys: Tensor) -> Tensor:
-    """(B, M, 1): how far a float32 sum of D products may lie from the exact one, in whatever order it is made."""
+    """(B, M, 1): how far a float32 sum of D products may lie from the exact one, in whatever order."""
     size = (query.double().abs() @ keys.double().abs().mT).amax(-1, keepdim=True) if keys.shape[1] else 0.0
     return query.shape[-1] * 2.0**-24 * torch.as_tensor(size) + 1e-30
 
@@ -84,15 +84,14 @@ def assert_exact(query, keys, k, scores, indices, valid=None) -> None:
     assert scores.dtype == torch.float32 and indices.dtype == torch.int32
     columns = (logits > -torch.inf).sum(-1, keepdim=True)  # existing columns, null included
     real = torch.arange(k) < columns
-    assert torch.equal(indices[~real.expand_as(indices)], torch.full_like(indices, -1)[~real.expand_as(indices)])
-    assert (scores[~real.expand_as(scores)] == 0).all()
+    assert (indices.masked_fill(real, -1) == -1).all() and (scores.masked_fill(real, 0) == 0).all()
     assert (indices >= -1).all() and (indices + 1 < columns).all()
 
     chosen = torch.zeros(logits.shape).scatter_add_(-1, indices.long() + 1, real.expand_as(scores).float())
     assert chosen.max() <= 1, "a column was returned twice"
     tolerance = 2 * rounding(query, keys)
     top = logits.gather(-1, indices.long() + 1).masked_fill(~real, -torch.inf)
-    kth = logits.sort(dim=-1, descending=True).values[..., : k][..., -1:]
+    kth = logits.sort(dim=-1, descending=True).values[..., :k][..., -1:]
     assert (top >= torch.where(real, kth - tolerance, -torch.inf)).all(), "not among the k highest"
     assert (top[..., :-1] >= top[..., 1:] - tolerance).all() and (scores[..., :-1] >= scores[..., 1:]).all()
 

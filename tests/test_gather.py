@@ -36,13 +36,14 @@ def expected_rows(values, null_value, query_part, indices, scores):
 def gather(backend, *arguments):
     device = device_of(backend)
     with instruction_set(backend):
-        return ops.gather_candidates(
-            *(t.to(device) for t in arguments), backend=backend.partition(":")[0]
-        ).cpu()  # fmt: skip
+        on_device = (t.to(device) for t in arguments)
+        return ops.gather_candidates(*on_device, backend=backend.partition(":")[0]).cpu()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 9, 50, 40, 5), (1, 70, 300, 128, 32), (3, 33, 20, 97, 4)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1), (2, 9, 50, 40, 5), (1, 70, 300, 128, 32), (3, 33, 20, 97, 4)]
+)
 def test_formula(backend, shape):
     batch, m, n, width, k = shape
     for dtype in dtypes_of(backend):
@@ -68,13 +69,15 @@ def test_a_bank_is_read_in_place(backend):
     bank = torch.full((2, 80, 64), torch.nan)
     bank[:, :50, :40] = values
     rows = gather(backend, bank[:, :50, :40], null_value, query_part.mT.contiguous().mT, indices, scores)
-    torch.testing.assert_close(rows.double(), expected_rows(values, null_value, query_part, indices, scores), rtol=1e-5, atol=1e-5)
+    want = expected_rows(values, null_value, query_part, indices, scores)
+    torch.testing.assert_close(rows.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_special_numbers_pass_through(backend):
     for dtype in dtypes_of(backend):
-        values = torch.tensor([torch.inf, -torch.inf, torch.nan, 65504, 6e-8, -1e-6, 0], dtype=dtype).view(1, 1, 7)
+        numbers = [torch.inf, -torch.inf, torch.nan, 65504, 6e-8, -1e-6, 0]
+        values = torch.tensor(numbers, dtype=dtype).view(1, 1, 7)
         rows = gather(
             backend, values, values[0, 0], torch.zeros(1, 1, 7, dtype=dtype),
             torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1),
@@ -90,7 +93,7 @@ def test_gradient(backend):
     weight = torch.randn(2, 9, 5, 40)
 
     def gradients(function, dtype, device):
-        leaves = [t.to(device, dtype).requires_grad_() for t in (*tensors, scores)]
+        leaves = [t.detach().to(device, dtype, copy=True).requires_grad_() for t in (*tensors, scores)]
         rows = function(*leaves[:3], indices.to(device), leaves[3])
         (rows * weight.to(device, dtype)).sum().backward()
         return [leaf.grad.cpu().double() for leaf in leaves]
@@ -105,13 +108,12 @@ def test_gradient(backend):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_opcheck_and_compile(backend):
     device = device_of(backend)
-    values, null_value, query_part, indices, scores = (t.to(device) for t in candidates())
-    arguments = [values, null_value, query_part, indices, scores]
-    for t in (values, null_value, query_part, scores):
-        t.requires_grad_()
+    arguments = [t.to(device) for t in candidates(n=12, m=3)]
+    for place in (0, 1, 2, 4):
+        arguments[place].requires_grad_()
     torch.library.opcheck(torch.ops.dmv_fast.gather_candidates.default, (*arguments, backend))
 
     def rows(*arguments):

@@ -168,12 +168,12 @@ def test_overfits_one_clip():
         layer3 = model.backbone.stem(normalise(torch.from_numpy(crops)))[None]
     target = torch.from_numpy(boxes)[None]
     optimiser = torch.optim.AdamW([p for n, p in model.named_parameters() if "layer4" not in n], 1e-3)
-    for _ in range(60):
+    for _ in range(100):
         outcome = unroll(layer3, target, 4, torch.Generator())
         optimiser.zero_grad()
         outcome.loss.backward()
         optimiser.step()
-        if outcome.iou > 0.85:
+        if outcome.iou > 0.85 and outcome.score_present > 0.6:
             break
     assert outcome.iou > 0.8
     assert outcome.score_present > 0.5

@@ -141,7 +141,8 @@ class Backbone(nn.Module):
         features = torch.cat([self.neck3(layer3), self.neck4(self.layer4(layer3))], 1)
         if not self.unit_scale:
             return features
-        return features * torch.rsqrt(features.float().square().mean(1, keepdim=True) + 1e-6).to(features.dtype)
+        mean_square = features.float().square().mean(1, keepdim=True)
+        return features * torch.rsqrt(mean_square + 1e-6).to(features.dtype)
 
     def forward(self, crops: Tensor) -> Tensor:
         return self.tail(self.stem(crops))

@@ -64,8 +64,9 @@ class DMV(nn.Module):
         super().__init__()
         self.config = config
         A = len(config.anchor_ratios)
+        unit_scale = config.similarity == "cosine"
         self.backbone = Backbone(
-            config.backbone, grid=config.grid, key_dim=config.key_dim, unit_scale=config.similarity == "cosine"
+            config.backbone, grid=config.grid, key_dim=config.key_dim, unit_scale=unit_scale
         )
         self.read = MemoryRead(
             config.key_dim, config.value_dim, config.vote_dim, config.heads, config.similarity

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class ValueEncoder(nn.Module):
-    """Key map, centre scores and box deltas to values: two 3 x 3 convolutions with a ReLU (section 3.1), a layer norm.
+    """Key map, centre scores and box deltas to values (section 3.1).
 
-    Parameters at D = V = 256, A = 5: 1.2 M.
+    Two 3 x 3 convolutions with a ReLU, and a layer norm (ours). Parameters at D = V = 256, A = 5: 1.2 M.
     """
 
     score_floor = 0.5  # lower scores are set to zero before encoding, "to minimize false positives"

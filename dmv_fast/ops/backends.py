@@ -15,7 +15,7 @@ FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "refere
 
 @functools.cache
 def _extension_problem() -> str | None:
-    """Load ``dmv_fast._C`` (its import registers the C++ operators); the reason in one line if it is not there."""
+    """Import ``dmv_fast._C``, which registers the C++ operators; the reason in one line if that fails."""
     try:
         importlib.import_module("dmv_fast._C")
     except ImportError as error:
@@ -68,7 +68,8 @@ def fastest_backend(device_type: str) -> str:
     if backend == "reference":
         reasons = "; ".join(f"{name}: {state[name]}" for name in candidates if state[name])
         reasons = reasons or f"no fused backend for device type {device_type!r}"
-        warnings.warn(f"dmv_fast.ops uses its slow PyTorch reference ({reasons})", RuntimeWarning, stacklevel=4)
+        message = f"dmv_fast.ops uses its slow PyTorch reference ({reasons})"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
     return backend
 
 

@@ -74,9 +74,10 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad = grad.float()  # (B, M, K, C)
     scale = k / scores.sum(-1, keepdim=True)
     is_null = indices < 0
-    rows = key_rows(indices, count).masked_fill(is_null, batch * count).flatten()  # one row more, for the null value
+    null_row = batch * count  # one row more than there are values
+    rows = key_rows(indices, count).masked_fill(is_null, null_row).flatten()
     weighted = ((scores * scale).unsqueeze(-1) * grad).view(-1, width)
-    grad_table = grad.new_zeros(batch * count + 1, width).index_add_(0, rows, weighted)
+    grad_table = grad.new_zeros(null_row + 1, width).index_add_(0, rows, weighted)
     grad_values = grad_table[:-1].view(values.shape).to(values.dtype)
     grad_null = grad_table[-1].to(null_value.dtype)
     along = torch.where(is_null, grad @ null_value.float(), (grad * _select(values, indices)).sum(-1))

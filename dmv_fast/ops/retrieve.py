@@ -27,7 +27,7 @@ def retrieve_reference(query: Tensor, keys: Tensor, k: int, valid: Tensor | None
 
 
 def key_rows(indices: Tensor, count: int) -> Tensor:
-    """indices (B, M, K) within each batch item -> int64 rows of the (B * count, ...) matrix; null becomes row 0's."""
+    """indices (B, M, K) -> int64 rows of the (B * count, ...) matrix; null becomes its item's first row."""
     first_row = torch.arange(indices.shape[0], device=indices.device).view(-1, 1, 1) * count
     return indices.clamp(min=0).long() + first_row
 
@@ -39,7 +39,8 @@ def with_contiguous_rows(tensor: Tensor) -> Tensor:
 
 _library = torch.library.Library("dmv_fast", "FRAGMENT")
 _library.define(
-    "retrieve(Tensor query, Tensor keys, int k, Tensor? valid, str backend) -> (Tensor scores, Tensor indices)"
+    "retrieve(Tensor query, Tensor keys, int k, Tensor? valid, str backend)"
+    " -> (Tensor scores, Tensor indices)"
 )
 _retrieve = torch.ops.dmv_fast.retrieve.default
 
@@ -50,8 +51,8 @@ def _run(query: Tensor, keys: Tensor, k: int, valid: Tensor | None, backend: str
     backend = check_backend(backend, device_type)
     if valid is not None and device_type == "cpu":  # reading it on another device would wait for that device
         counts = valid.tolist()
-        if min(counts, default=0) < 0 or max(counts, default=0) > keys.shape[1]:
-            raise ValueError(f"valid: holds {counts}, it should lie in 0..{keys.shape[1]}, the number of keys")
+        if not all(0 <= n <= keys.shape[1] for n in counts):
+            raise ValueError(f"valid: holds {counts}, it should lie in 0..{keys.shape[1]}, as there are keys")
     if backend == "reference" or keys.shape[1] == 0:
         return retrieve_reference(query, keys, k, valid)
     query, keys = with_contiguous_rows(query), with_contiguous_rows(keys)
@@ -93,7 +94,8 @@ def _backward(ctx, grad_scores: Tensor, _grad_indices) -> tuple[Tensor | None, .
     grad_query = torch.nn.functional.embedding_bag(*bags, mode="sum", per_sample_weights=grad.flatten(0, 1))
     spread = (grad.unsqueeze(-1) * query.float().unsqueeze(2)).view(-1, depth)
     grad_keys = spread.new_zeros(batch * count, depth).index_add_(0, rows.flatten(), spread)
-    return grad_query.view(query.shape).to(query.dtype), grad_keys.view(keys.shape).to(keys.dtype), None, None, None
+    grad_query, grad_keys = grad_query.view(query.shape), grad_keys.view(keys.shape)
+    return grad_query.to(query.dtype), grad_keys.to(keys.dtype), None, None, None
 
 
 torch.library.register_autograd("dmv_fast::retrieve", _backward, setup_context=_save, lib=_library)
@@ -105,7 +107,8 @@ def _check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None) -> N
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, it should be {shape}")
     batch, _, depth = query.shape
     if keys.shape[0] != batch or keys.shape[2] != depth:
-        raise ValueError(f"keys: has shape {tuple(keys.shape)}, it should be ({batch}, N, {depth}) as query says")
+        shape = f"({batch}, N, {depth})"
+        raise ValueError(f"keys: has shape {tuple(keys.shape)}, it should be {shape} as query says")
     if not 1 <= depth <= MAX_D:
         raise ValueError(f"query: has shape {tuple(query.shape)}, its last dimension should be 1..{MAX_D}")
     if query.dtype not in DTYPES:
@@ -120,9 +123,8 @@ def _check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None) -> N
         raise ValueError(f"valid: is {valid}, it should be 0..{keys.shape[1]}, the number of keys")
     if isinstance(valid, Tensor):
         if valid.dtype != torch.int32 or valid.shape != (batch,):
-            raise ValueError(
-                f"valid: is {valid.dtype} of shape {tuple(valid.shape)}, it should be torch.int32 of ({batch},)"
-            )
+            found = f"{valid.dtype} of shape {tuple(valid.shape)}"
+            raise ValueError(f"valid: is {found}, it should be torch.int32 of shape ({batch},)")
         if valid.device != query.device:
             raise ValueError(f"valid: is on {valid.device}, it should be on {query.device} as query is")
 

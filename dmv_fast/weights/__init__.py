@@ -82,7 +82,7 @@ def save_model(model: DMV, path: str | os.PathLike[str], *, dtype: torch.dtype =
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in model.state_dict().items()}
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata={_CONFIG_KEY: json.dumps(asdict(model.config))})
-    part.chmod(0o644)  # safetensors makes files that only their owner may read; a checkpoint is there to be shared
+    part.chmod(0o644)  # safetensors makes files for their owner alone; a checkpoint is there to be shared
     os.replace(part, path)
     return sha256(path)
 

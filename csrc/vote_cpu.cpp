@@ -1,0 +1,96 @@
+// dmv_fast::vote_cpu: the voting net over each location's candidates (paper section 3.2), weights folded beforehand.
+#include "vote_cpu.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+namespace dmv_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+VoteLocations vote_kernel() {
+#ifdef DMV_X86
+  const Isa isa = chosen_isa();
+  if (isa == Isa::amx) return vote_amx();
+  if (isa == Isa::avx512_bf16) return vote_avx512_bf16();
+#endif
+  return nullptr;
+}
+
+bool vote_cpu_runs() { return vote_kernel() != nullptr; }
+
+template <class Number>
+const Number* checked(const Tensor& tensor, const char* name, ScalarType dtype, int64_t size) {
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == size, name, ": should be contiguous ",
+      dtype == ScalarType::Float ? "float32" : "bfloat16", " of ", size, " elements");
+  return static_cast<const Number*>(tensor.const_data_ptr());
+}
+
+Tensor vote_cpu(
+    const Tensor& rows,      // [B, M, K, C] bfloat16
+    const Tensor& to_q,      // [H * C/4, C]
+    const Tensor& q_bias,    // [H * C/4] float32
+    const Tensor& to_k,      // [C / 2, H * C/4, 2]
+    const Tensor& mix,       // [C, H * C + C]
+    const Tensor& mix_bias,  // [C] float32
+    const Tensor& out,       // [C / 2, V, 2]
+    const Tensor& out_bias,  // [V] float32
+    double epsilon)
+{
+  const VoteLocations kernel = vote_kernel();
+  STD_TORCH_CHECK(kernel, "vote_cpu: this processor has no bfloat16 instructions");
+  STD_TORCH_CHECK(rows.dim() == 4 && rows.size(3) == kVoteWidth, "rows: should be (B, M, K, 64)");
+  Voting call;
+  call.locations = rows.size(0) * rows.size(1);
+  call.candidates = static_cast<int>(rows.size(2));
+  STD_TORCH_CHECK(rows.size(2) >= 1 && rows.size(2) <= kVoteRows, "rows: its K should be 1..32");
+  const int64_t width = q_bias.numel();
+  call.heads = static_cast<int>(width / kHeadWidth);
+  call.value_width = out_bias.numel();
+  STD_TORCH_CHECK(
+      width % (2 * kHeadWidth) == 0 && call.heads >= 2 && call.heads <= kMaxHeads, "q_bias: should be of 2, 4, 6 or 8 heads");
+  STD_TORCH_CHECK(call.value_width % 32 == 0, "out_bias: its length should be a multiple of 32");
+  constexpr ScalarType kHalf = ScalarType::BFloat16, kFull = ScalarType::Float;
+  call.rows = checked<uint16_t>(rows, "rows", kHalf, call.locations * call.candidates * kVoteWidth);
+  call.to_q = checked<uint16_t>(to_q, "to_q", kHalf, width * kVoteWidth);
+  call.q_bias = checked<float>(q_bias, "q_bias", kFull, width);
+  call.to_k = checked<uint16_t>(to_k, "to_k", kHalf, width * kVoteWidth);
+  call.mix = checked<uint16_t>(mix, "mix", kHalf, kVoteWidth * kVoteWidth * (call.heads + 1));
+  call.mix_bias = checked<float>(mix_bias, "mix_bias", kFull, kVoteWidth);
+  call.out = checked<uint16_t>(out, "out", kHalf, kVoteWidth * call.value_width);
+  call.out_bias = checked<float>(out_bias, "out_bias", kFull, call.value_width);
+  call.epsilon = static_cast<float>(epsilon);
+
+  Tensor retrieved = torch::stable::new_empty(rows, {rows.size(0), rows.size(1), call.value_width});
+  call.retrieved = static_cast<uint16_t*>(retrieved.mutable_data_ptr());
+  const int64_t together = call.locations_together();
+  const int64_t groups = (call.locations + together - 1) / together;
+  torch::stable::parallel_for(0, groups, 8, [&](int64_t begin, int64_t end) {
+    kernel(call, begin * together, std::min(end * together, call.locations));
+  });
+  return retrieved;
+}
+
+}  // namespace
+}  // namespace dmv_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
+  library.def(
+      "vote_cpu(Tensor rows, Tensor to_q, Tensor q_bias, Tensor to_k, Tensor mix, Tensor mix_bias, Tensor out,"
+      " Tensor out_bias, float epsilon) -> Tensor");
+  library.def("vote_cpu_runs() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CPU, library) {
+  library.impl("vote_cpu", TORCH_BOX(&dmv_fast::vote_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CompositeExplicitAutograd, library) {
+  library.impl("vote_cpu_runs", TORCH_BOX(&dmv_fast::vote_cpu_runs));
+}

@@ -1,0 +1,40 @@
+// Voting on the CPU: what the launcher (vote_cpu.cpp) and the kernels of each instruction set share.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu_isa.h"
+
+namespace dmv_fast {
+
+constexpr int kVoteWidth = 64;  // C
+constexpr int kHeadWidth = 16;  // C / 4
+constexpr int kVoteRows = 32;   // candidates worked on together: those of one location, or of several whole ones
+constexpr int kMaxHeads = 8;
+
+// One call. Matrices are bfloat16, "pairs" means [depth / 2][columns][2], biases float32; see VoteWeights in
+// dmv_fast/runtime/fold.py for what was multiplied into what.
+struct Voting {
+  const uint16_t* rows;      // [locations][candidates][C]
+  const uint16_t* to_q;      // [heads * C/4][C]
+  const float* q_bias;       // [heads * C/4]
+  const uint16_t* to_k;      // pairs of [C][heads * C/4]
+  const uint16_t* mix;       // [C][heads * C + C]: what head by head is heard, then the candidate itself
+  const float* mix_bias;     // [C]
+  const uint16_t* out;       // pairs of [C][V]
+  const float* out_bias;     // [V]
+  uint16_t* retrieved;       // [locations][V]
+  int64_t locations, value_width;
+  int candidates, heads;
+  float epsilon;             // of the layer norm
+
+  int locations_together() const { return kVoteRows / candidates; }
+};
+
+// Locations first..last, last - first a multiple of locations_together() except at the end.
+using VoteLocations = void (*)(const Voting& call, int64_t first, int64_t last);
+
+VoteLocations vote_avx512_bf16();
+VoteLocations vote_amx();
+
+}  // namespace dmv_fast

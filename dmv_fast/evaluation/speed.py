@@ -1,0 +1,353 @@
+"""How long a frame takes: against K, memory, network and targets, stage by stage, and beside other trackers.
+
+A frame is timed from the uint8 image on the host to the box on the host; decoding is not in it. Settings that
+are compared are timed in turns, frame by frame, so that a busy machine slows all of them. The box stays where
+it was first put and the memory is filled beforehand and then left alone, so every frame is the same work.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+import torch
+
+from dmv_fast.evaluation.trackers import OPENCV_TRACKERS, Box, OpenCVFactory, Tracker
+from dmv_fast.model.dmv import DMV, DMVConfig
+from dmv_fast.model.memory import MemoryPolicy
+from dmv_fast.multi import MultiTracker
+from dmv_fast.runtime.frame import FrameStep
+from dmv_fast.tracker import FastDMVTracker, TrackerConfig, make_frame_step
+from dmv_fast.vision.crop import search_window
+from dmv_fast.weights import save_model
+
+CANDIDATES = (1, 2, 4, 8, 16, 32)
+PAPER_FPS = dict(zip(CANDIDATES, (87, 82, 79, 72, 61, 44), strict=True))  # DMV18 on a TITAN X, table 1
+MEMORY_FRAMES = (1, 8, 32, 64)
+TARGETS = (1, 4, 16)
+_NOT_FOUND = 2.0  # no score reaches it: the box stays
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames (H, W, 3) uint8 BGR, decoded, and the target's box xywh in the first."""
+
+    frames: list[np.ndarray]
+    box: Box
+    name: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed; None in `weights` is an untrained network of that backbone and grid."""
+
+    weights: str | None = None
+    backbone: str = "resnet18"
+    grid: int = 16
+    k: int = 4
+    memory: int = 32
+    targets: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str = "auto"
+
+
+@dataclass
+class Row:
+    """One line of the results. Times in milliseconds a frame (of all targets)."""
+
+    section: str
+    name: str
+    setting: Setting | None
+    """None: not our tracker."""
+    times: list[float] = field(repr=False)
+    note: str
+
+    def percentile(self, q: float) -> float:
+        """The time that q percent of the frames do not exceed."""
+        return float(np.percentile(self.times, q))
+
+    @property
+    def fps(self) -> float:
+        """Frames a second, from the median."""
+        return 1000 / self.percentile(50)
+
+
+def synthetic_clip(count: int = 30, size: tuple[int, int] = (1280, 720)) -> Clip:
+    """A textured patch that drifts over a blurred background; the same every time."""
+    rng = np.random.default_rng(0)
+    scene = cv2.resize(rng.integers(0, 255, (size[1] // 8, size[0] // 8, 3), np.uint8), size)
+    patch = cv2.resize(rng.integers(0, 255, (12, 16, 3), np.uint8), (80, 60))
+    x, y, w, h = size[0] // 3, size[1] // 3, 80, 60
+    frames = []
+    for i in range(count):
+        frame = scene.copy()
+        frame[y + i : y + i + h, x + 2 * i : x + 2 * i + w] = patch
+        frames.append(frame)
+    return Clip(frames, (x, y, w, h), f"synthetic {size[0]} x {size[1]}")
+
+
+def peak_memory_mb() -> float:
+    """The most this process has had resident so far (ru_maxrss), MiB."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
+
+
+class Run(Protocol):
+    """What is timed: `prepare` is not, calling it is. Both are told how often they were called before."""
+
+    def prepare(self, i: int) -> None: ...
+
+    def __call__(self, i: int) -> object: ...
+
+
+class Still:
+    """Trackers, one after the other, on a clip's frames over and over; memory full, boxes where they are."""
+
+    def __init__(self, trackers: list[FastDMVTracker] | list[MultiTracker], clip: Clip):
+        self._trackers, self._frames = trackers, clip.frames
+
+    def prepare(self, i: int) -> None: ...
+
+    def __call__(self, i: int) -> None:
+        for tracker in self._trackers:
+            tracker.track(self._frames[i % len(self._frames)])
+
+
+class Follow:
+    """A tracker that follows the target through the clip, and again from the start."""
+
+    def __init__(self, tracker: Tracker, clip: Clip):
+        self._tracker, self._clip = tracker, clip
+
+    def prepare(self, i: int) -> None:
+        if i % (len(self._clip.frames) - 1) == 0:
+            self._tracker.init(self._clip.frames[0], self._clip.box)
+
+    def __call__(self, i: int) -> None:
+        self._tracker.track(self._clip.frames[1 + i % (len(self._clip.frames) - 1)])
+
+
+class Bench:
+    """Times settings on a clip; `rows` is what was timed so far.
+
+    Args:
+        base: the setting where a section does not say otherwise.
+        frames: timed frames a setting.
+        nano_dir: where the ONNX files of OpenCV's TrackerNano are.
+        say: told each row as it is there.
+    """
+
+    def __init__(
+        self, clip: Clip, base: Setting, frames: int, *,
+        nano_dir: Path | None = None, say: Callable[[str], None] = print,
+    ):  # fmt: skip
+        self.clip, self.base, self.frames = clip, base, frames
+        self._nano_dir, self._say = nano_dir, say
+        self.rows: list[Row] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="dmv_fast_bench_")
+
+    def k(self) -> None:
+        """Against K."""
+        self._compare("k", {f"K={k}": replace(self.base, k=k) for k in CANDIDATES})
+
+    def memory(self) -> None:
+        """Against the number of frames remembered."""
+        self._compare("memory", {f"T={t}": replace(self.base, memory=t) for t in MEMORY_FRAMES})
+
+    def network(self) -> None:
+        """Backbones and grids, untrained: their speed is no matter of weights."""
+        settings = {
+            f"{name} grid {grid}": replace(self.base, weights=None, backbone=backbone, grid=grid)
+            for name, backbone in (("dmv18", "resnet18"), ("dmv50", "resnet50"))
+            for grid in (16, 32)
+        }
+        self._compare("network", settings)
+
+    def path(self) -> None:
+        """The fast path against the plain reference."""
+        settings = {
+            "fast": self.base,
+            "fast float32": replace(self.base, dtype="float32"),
+            "reference": replace(self.base, dtype="float32", backend="reference"),
+        }
+        self._compare("path", settings)
+
+    def targets(self) -> None:
+        """n targets in one call, beside n trackers one after the other."""
+        runs, settings = {}, {}
+        for n in TARGETS:
+            setting = replace(self.base, targets=n)
+            boxes = self._boxes(n)
+            for name, trackers in (
+                (f"{n} in one call", [self._multi(setting, boxes)]),
+                (f"{n} trackers", [self._full(setting, box) for box in boxes]),
+            ):
+                runs[name], settings[name] = Still(trackers, self.clip), setting
+        for name, times in self._in_turns(runs).items():
+            self._add("targets", name, settings[name], times)
+
+    def peers(self) -> None:
+        """OpenCV's trackers beside ours, each following the target through the clip."""
+        runs: dict[str, Run] = {"dmv": Follow(self._tracker(self.base), self.clip)}
+        for kind in OPENCV_TRACKERS:
+            try:
+                runs[f"opencv {kind}"] = Follow(OpenCVFactory(kind, self._nano_dir)(), self.clip)
+            except (ImportError, ValueError) as reason:
+                self._say(f"peers      without {kind}: {reason}")
+        for name, times in self._in_turns(runs).items():
+            self._add("peers", name, self.base if name == "dmv" else None, times)
+
+    def stages(self) -> None:
+        """Where a frame's time goes, each stage waited for."""
+        for k in (1, 4, 32):
+            setting = replace(self.base, k=k)
+            for stage, times in stage_times(self.frame_step(setting), self.clip, self.frames).items():
+                self._add("stages", f"{stage} K={k}", setting, times)
+
+    def endurance(self, frames: int) -> None:
+        """One tracker that follows, and remembers every 30th frame, for long: does memory stay flat?"""
+        tracker = self._tracker(self.base)
+        tracker.config = replace(tracker.config, policy=MemoryPolicy(interval=30, threshold=0.0))
+        run, times, resident = Follow(tracker, self.clip), [], []
+        run.prepare(0)
+        for i in range(frames):
+            times.append(_milliseconds(run, i))
+            if (i + 1) % max(1, frames // 10) == 0:
+                resident.append(f"{_resident_mb():.0f}")
+        self._add("endurance", f"{frames} frames", self.base, times, f"resident MB {' '.join(resident)}")
+
+    def frame_step(self, s: Setting) -> FrameStep:
+        """What runs a frame of that setting, its memory full."""
+        config = TrackerConfig(s.memory)
+        step = make_frame_step(self._weights(s), s.k, s.device, s.dtype, s.backend, config)
+        window = search_window(self.clip.box)
+        step.start(0, self.clip.frames[0], window, self.clip.box)
+        for i in range(1, s.memory):
+            step.step(
+                self.clip.frames[i % len(self.clip.frames)], [window], window.to_crop(self.clip.box)[None, 2:]
+            )
+            step.write(0, i)
+        return step
+
+    # ---- how -----------------------------------------------------------------------------------------
+
+    def _add(
+        self, section: str, name: str, setting: Setting | None, times: list[float], note: str = ""
+    ) -> None:
+        row = Row(section, name, setting, times, note or f"peak {peak_memory_mb():.0f} MB")
+        self.rows.append(row)
+        p50, p99 = row.percentile(50), row.percentile(99)
+        self._say(
+            f"{section:<10} {name:<16} p50 {p50:8.2f} ms  p99 {p99:8.2f} ms  {row.fps:7.1f} FPS  {row.note}"
+        )
+
+    def _compare(self, section: str, settings: Mapping[str, Setting]) -> None:
+        runs = {
+            name: Still([self._full(setting, self.clip.box)], self.clip) for name, setting in settings.items()
+        }
+        for name, times in self._in_turns(runs).items():
+            self._add(section, name, settings[name], times)
+
+    def _in_turns(self, runs: Mapping[str, Run]) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for i in range(_WARM_UP + self.frames):
+            for name, run in runs.items():
+                run.prepare(i)
+                times[name].append(_milliseconds(run, i))
+        return {name: taken[_WARM_UP:] for name, taken in times.items()}
+
+    def _weights(self, setting: Setting) -> str:
+        if setting.weights is not None:
+            return setting.weights
+        path = Path(self._folder.name) / f"{setting.backbone}_{setting.grid}.safetensors"
+        if not path.exists():
+            torch.manual_seed(0)
+            save_model(DMV(DMVConfig(backbone=setting.backbone, grid=setting.grid)), path)
+        return str(path)
+
+    def _tracker(self, s: Setting) -> FastDMVTracker:
+        return FastDMVTracker(self._weights(s), s.k, s.device, s.dtype, s.backend, TrackerConfig(s.memory))
+
+    def _full(self, setting: Setting, box: Box) -> FastDMVTracker:
+        tracker = self._tracker(setting)
+        tracker.init(self.clip.frames[0], box)
+        self._fill(tracker, setting.memory)
+        return tracker
+
+    def _multi(self, s: Setting, boxes: list[Box]) -> MultiTracker:
+        config = TrackerConfig(s.memory)
+        tracker = MultiTracker(
+            self._weights(s), s.k, s.device, s.dtype, s.backend, config, capacity=s.targets
+        )
+        for box in boxes:
+            tracker.add(self.clip.frames[0], box)
+        self._fill(tracker, s.memory)
+        return tracker
+
+    def _fill(self, tracker: FastDMVTracker | MultiTracker, frames: int) -> None:
+        """Remember every frame until the memory is full, then none; no box moves."""
+        always, never = (
+            MemoryPolicy(interval=1, threshold=0.0),
+            MemoryPolicy(interval=1, threshold=_NOT_FOUND),
+        )
+        tracker.config = replace(tracker.config, policy=always, found_score=_NOT_FOUND)
+        for i in range(frames - 1):
+            tracker.track(self.clip.frames[i % len(self.clip.frames)])
+        tracker.config = replace(tracker.config, policy=never)
+
+    def _boxes(self, count: int) -> list[Box]:
+        height, width = self.clip.frames[0].shape[:2]
+        x, y, w, h = self.clip.box
+        places = [((x + 37 * i) % max(1, width - w), (y + 23 * i) % max(1, height - h)) for i in range(count)]
+        return [(*place, w, h) for place in places]
+
+
+def stage_times(step: FrameStep, clip: Clip, frames: int) -> dict[str, list[float]]:
+    """Milliseconds of each stage of a frame, by its name. The device is waited for after each."""
+    network, memory = step.network, step.memory
+    window, valid = search_window(clip.box), memory.banks[0].valid
+    sizes = torch.tensor(window.to_crop(clip.box)[None, 2:], dtype=torch.float32, device=network.device)
+    times: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable, *args):
+        began = time.perf_counter()
+        result = work(*args)
+        if network.device.type == "cuda":
+            torch.cuda.synchronize(network.device)
+        times.setdefault(name, []).append((time.perf_counter() - began) * 1e3)
+        return result
+
+    with torch.inference_mode():
+        for i in range(_WARM_UP + frames):
+            crops = timed("crop", step.crops, clip.frames[i % len(clip.frames)], [window])
+            maps = timed("backbone", network.look, crops)
+            found = timed("retrieve", network.match, maps, memory.keys, step.k, valid)
+            candidates = timed("gather", network.gather, maps, memory.values, *found)
+            timed("vote", network.vote, maps, candidates)
+            prediction = timed("head", network.head, maps)
+            timed("box", lambda p=prediction, m=maps: step.choose(m, p, sizes).cpu())
+            timed("write", step.write, 0, 0)
+    return {name: taken[_WARM_UP:] for name, taken in times.items()}
+
+
+def _milliseconds(run: Run, i: int) -> float:
+    began = time.perf_counter()
+    run(i)
+    return (time.perf_counter() - began) * 1e3
+
+
+def _resident_mb() -> float:
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return peak_memory_mb()
+    return int(status.read_text().split()[1]) * resource.getpagesize() / 2**20

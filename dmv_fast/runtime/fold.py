@@ -1,0 +1,100 @@
+"""Linear algebra done once at load: batch norm into convolutions, the voting net's matrices into each other.
+
+Everything is computed in float64 and returned in float32. Each fold is an identity, so the fast path equals
+the reference within rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dmv_fast.model.retrieval import MemoryRead
+from dmv_fast.model.voting import VotingNet
+
+
+def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """A bias-free convolution and its batch norm as one: weight (C_out, C_in, h, w), bias (C_out,)."""
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    weight = conv.weight.double() * scale[:, None, None, None]
+    bias = norm.bias.double() - norm.running_mean.double() * scale
+    return weight.float(), bias.float()
+
+
+def fold_pixels(weight: Tensor, deviation: tuple[float, ...]) -> Tensor:
+    """conv1 on (pixel - mean) in BGR, instead of on RGB divided by 255 and by the deviation (R, G, B).
+
+    What is padded, zero in both, stays the mean colour; so the fold holds at the border too.
+    """
+    scale = 1 / (255 * torch.tensor(deviation, dtype=torch.float64))
+    return (weight.double() * scale[:, None, None]).flip(1).float()
+
+
+class VoteWeights(NamedTuple):
+    """The voting net, folded. A candidate x (C,) is heard by its neighbours i as sum_h a_ih U_h x, where
+
+    a_i = softmax over the others of 2-based logits (to_q x_i + q_bias) . (to_k x). A bias of k would add the
+    same to all logits of a row, so it is gone; U_h is merge . message_h . v_h. Layer norm's mean is taken out
+    of `mix`, its scale and shift are in `out`.
+    """
+
+    value_in: Tensor
+    """(C, V)"""
+    null: Tensor
+    """(C,): the null column's value, already through value_in."""
+    query_in: Tensor
+    """(C, D)"""
+    query_bias: Tensor
+    """(C,)"""
+    to_q: Tensor
+    """(H * C/4, C), times log2(e) / sqrt(C/4): the softmax is one of powers of 2."""
+    q_bias: Tensor
+    """(H * C/4,)"""
+    to_k: Tensor
+    """(H * C/4, C)"""
+    mix: Tensor
+    """(C, H * C + C): U_1 .. U_H, then what merge does to the candidate itself."""
+    mix_bias: Tensor
+    """(C,)"""
+    out: Tensor
+    """(V, C)"""
+    out_bias: Tensor
+    """(V,)"""
+    epsilon: float
+    """Of the layer norm."""
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.mix.shape[1] // self.mix.shape[0] - 1
+
+
+def fold_vote(read: MemoryRead) -> VoteWeights:
+    """The weights of a memory read, multiplied together as far as they go."""
+    net: VotingNet = read.voting
+    value_in = net.value_in.weight.double()
+    scale = math.log2(math.e) / math.sqrt(net.head_dim)
+    width = value_in.shape[0]
+    on_itself, on_message = net.merge.weight.double().split(width, 1)
+    to_v = net.to_v.weight.double().view(net.heads, width, width)
+    message = net.message.weight.double().view(width, net.heads, width)
+    heard = torch.einsum("oc,chv,hvi->ohi", on_message, message, to_v).flatten(1)
+    mix = torch.cat([heard, on_itself], 1)
+    out = net.out.weight.double()
+    weights = (
+        value_in,
+        value_in @ read.null_value.double(),
+        net.query_in.weight,
+        net.query_in.bias,
+        net.to_q.weight.double() * scale,
+        net.to_q.bias.double() * scale,
+        net.to_k.weight,
+        mix - mix.mean(0),
+        net.merge.bias.double() - net.merge.bias.double().mean(),
+        out * net.norm.weight.double(),
+        out @ net.norm.bias.double() + net.out.bias.double(),
+    )
+    return VoteWeights(*(w.detach().float().contiguous() for w in weights), epsilon=net.norm.eps)

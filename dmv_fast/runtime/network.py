@@ -1,0 +1,173 @@
+"""The network as a frame needs it: three calls, by the plain reference or folded and fast."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmv_fast import ops
+from dmv_fast.model.dmv import DMV, Prediction
+from dmv_fast.model.head import BoxHead
+from dmv_fast.model.memory import ValueEncoder
+from dmv_fast.runtime.convolution import Convolution, run_chain
+from dmv_fast.runtime.fold import fold_vote
+from dmv_fast.runtime.trunk import Trunk
+from dmv_fast.runtime.vote import fused_vote
+from dmv_fast.vision.crop import normalise
+
+
+class Network(Protocol):
+    """What FrameStep runs. maps: (B, H, W, D or more) of `dtype`, the features first."""
+
+    model: DMV
+    """The reference, float32: its geometry, its anchors, how it codes boxes."""
+    dtype: torch.dtype
+    device: torch.device
+    value_width: int
+    """Of a value in the memory."""
+
+    def look(self, crops: Tensor) -> Tensor:
+        """crops (B, 256, 256, 3) uint8 BGR -> maps."""
+
+    def predict(self, maps: Tensor, keys: Tensor, values: Tensor, k: int, valid: Tensor | int) -> Prediction:
+        """keys (B, N, D), values (B, N, value_width), valid as in ops.retrieve -> Prediction in float32."""
+
+    def remember(self, maps: Tensor, scores: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """As DMV.remember: keys (B, M, D), values (B, M, value_width)."""
+
+
+class PlainNetwork:
+    """The reference as it stands in dmv_fast.model."""
+
+    dtype = torch.float32
+
+    def __init__(self, model: DMV, *, backend: str):
+        self.model, self._backend = model, backend
+        self.device = model.anchors.device
+        self.value_width = model.config.value_dim
+
+    def look(self, crops: Tensor) -> Tensor:
+        return self.model.backbone(normalise(crops)).permute(0, 2, 3, 1)
+
+    def predict(self, maps: Tensor, keys: Tensor, values: Tensor, k: int, valid: Tensor | int) -> Prediction:
+        return self.model(maps.permute(0, 3, 1, 2), keys, values, k=k, valid=valid, backend=self._backend)
+
+    def remember(self, maps: Tensor, scores: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.remember(maps.permute(0, 3, 1, 2), scores, deltas)
+
+
+class FastNetwork:
+    """The folded network, equal to the reference within the rounding of its `dtype`.
+
+    The memory holds values as the voting net reads them: C wide, projected once, when written. The last V
+    channels of its maps are room for what is retrieved, so that the head reads both as one map.
+    """
+
+    def __init__(self, model: DMV, *, dtype: torch.dtype, device: torch.device, backend: str):
+        self.model = model
+        self.dtype, self.device, self._backend = dtype, device, backend
+        where = {"dtype": dtype, "device": device}
+        weights = fold_vote(model.read)
+        self.value_width = weights.value_in.shape[0]
+        self._trunk = Trunk(model.backbone, **where)
+        self._vote = fused_vote(weights, **where)
+        self._null = weights.null.to(device, dtype)
+        self._query_in = weights.query_in.to(device, dtype), weights.query_bias.to(device, dtype)
+        cosine = model.read.similarity == "cosine"
+        self._temperature = float(model.read.log_temperature.exp()) if cosine else None
+        self._head = _fold_head(model.head, **where)
+        self._encoder = _Encoder(model.value_encoder, weights.value_in, **where)
+
+    def look(self, crops: Tensor) -> Tensor:
+        c = self.model.config
+        size = (crops.shape[0], c.grid, c.grid, c.key_dim + c.value_dim)
+        maps = torch.empty(size, dtype=self.dtype, device=self.device)
+        self._trunk(crops, maps[..., : c.key_dim])
+        return maps
+
+    def predict(self, maps: Tensor, keys: Tensor, values: Tensor, k: int, valid: Tensor | int) -> Prediction:
+        candidates = self.gather(maps, values, *self.match(maps, keys, k, valid))
+        self.vote(maps, candidates)
+        return self.head(maps)
+
+    # ---- predict's stages, apart so that each can be timed -------------------------------------------
+
+    def match(self, maps: Tensor, keys: Tensor, k: int, valid: Tensor | int) -> tuple[Tensor, Tensor]:
+        """The K best keys of each location: ops.retrieve."""
+        query = self._unit(self._features(maps), self._temperature)
+        return ops.retrieve(query, keys, k, valid=valid, backend=self._backend)
+
+    def gather(self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
+        """Their values and the location's own part: (B, M, K, C), by ops.gather_candidates."""
+        query_part = F.linear(self._features(maps), *self._query_in)
+        return ops.gather_candidates(values, self._null, query_part, indices, scores)
+
+    def vote(self, maps: Tensor, candidates: Tensor) -> None:
+        """Candidates (B, M, K, C) agree on one value, put behind the features."""
+        maps.flatten(1, 2)[..., self.model.config.key_dim :] = self._vote(candidates)
+
+    def head(self, maps: Tensor) -> Prediction:
+        """Features and retrieved values to logits and deltas, float32."""
+        anchors = len(self.model.config.anchor_ratios)
+        answer = run_chain(self._head, maps.permute(0, 3, 1, 2)).float()
+        return Prediction(answer[:, :anchors], answer[:, anchors:].unflatten(1, (anchors, 4)))
+
+    def _features(self, maps: Tensor) -> Tensor:
+        return maps[..., : self.model.config.key_dim].flatten(1, 2)  # (B, M, D), not a copy
+
+    def remember(self, maps: Tensor, scores: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        features = maps[..., : self.model.config.key_dim]
+        scores = torch.where(scores < ValueEncoder.score_floor, 0.0, scores)
+        soft = torch.cat([scores, deltas.flatten(1, 2)], 1).permute(0, 2, 3, 1).to(self.dtype)
+        values = self._encoder(torch.cat([features, soft], -1).permute(0, 3, 1, 2))
+        return self._unit(features.flatten(1, 2), 1.0), values
+
+    def _unit(self, rows: Tensor, length: float | None) -> Tensor:
+        """rows (..., D) at that length ("cosine"), or as they are (None for "dot")."""
+        if self._temperature is None:
+            return rows.contiguous()
+        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+        return (rows * (length / norm.clamp(min=1e-12))).to(self.dtype)
+
+
+def _fold_head(head: BoxHead, **where) -> list[Convolution]:
+    """Both branches side by side: (B, D + V, H, W) -> (B, A + 4 A, H, W), logits first."""
+    first, second, last = ([head.centre[i], head.box[i]] for i in (0, 2, 4))
+
+    def both(layers: list) -> tuple[Tensor, Tensor]:
+        return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+
+    return [
+        Convolution(*both(first), relu=True, padding=1, **where),
+        Convolution(*both(second), relu=True, padding=1, groups=2, **where),
+        Convolution(*_block_diagonal(*last), relu=False, **where),
+    ]
+
+
+def _block_diagonal(a: nn.Conv2d, b: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Two 1 x 1 convolutions on neighbouring halves of the channels as one."""
+    weight = torch.block_diag(a.weight[:, :, 0, 0], b.weight[:, :, 0, 0])[:, :, None, None]
+    return weight, torch.cat([a.bias, b.bias])
+
+
+class _Encoder:
+    """ValueEncoder with the voting net's projection to C behind it: (B, D + 5 A, H, W) -> (B, M, C)."""
+
+    def __init__(self, encoder: ValueEncoder, value_in: Tensor, *, dtype: torch.dtype, device: torch.device):
+        conv, norm = encoder.conv2, encoder.norm
+        where = {"dtype": dtype, "device": device}
+        # The layer norm's mean is taken out of the convolution, its scale and shift go into the projection.
+        centred = conv.weight - conv.weight.mean(0), conv.bias - conv.bias.mean()
+        first = Convolution.of(encoder.conv1, relu=True, **where)
+        self._convolutions = [first, Convolution(*centred, relu=False, padding=conv.padding[0], **where)]
+        self._projection = (value_in * norm.weight).to(**where)
+        self._shift = (value_in @ norm.bias).to(**where)
+        self._epsilon = norm.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = run_chain(self._convolutions, x).permute(0, 2, 3, 1).flatten(1, 2)
+        scale = torch.rsqrt(y.float().square().mean(-1, keepdim=True) + self._epsilon)
+        return F.linear((y * scale).to(y.dtype), self._projection, self._shift)

@@ -1,0 +1,42 @@
+"""Which number format a frame runs in, where the user leaves it to us."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+from torch import Tensor
+
+from dmv_fast.runtime.convolution import Convolution
+
+_WORTH = 0.8  # bfloat16 must take at most this share of float32's time
+_REPEATS = 7
+
+
+@functools.cache
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """float16 on CUDA; on a CPU bfloat16 or float32, whichever a convolution of the backbone runs faster in.
+
+    Processors that list bfloat16 instructions may be slower with them, so it is timed: about 50 ms, once a
+    process. Set the dtype by hand where two runs must agree bit for bit.
+    """
+    if device.type == "cuda":
+        return torch.float16
+    half, full = _probe(torch.bfloat16), _probe(torch.float32)
+    best = {torch.bfloat16: float("inf"), torch.float32: float("inf")}
+    for _ in range(_REPEATS):  # in turns, so that a busy machine slows both
+        for dtype, (convolution, x) in ((torch.bfloat16, half), (torch.float32, full)):
+            began = time.perf_counter()
+            convolution(x)
+            best[dtype] = min(best[dtype], time.perf_counter() - began)
+    return torch.bfloat16 if best[torch.bfloat16] < _WORTH * best[torch.float32] else torch.float32
+
+
+def _probe(dtype: torch.dtype) -> tuple[Convolution, Tensor]:
+    """layer3's 3 x 3 convolution of 128 channels on a 32 x 32 map, and its input."""
+    c, cpu = 128, torch.device("cpu")
+    convolution = Convolution(
+        torch.full((c, c, 3, 3), 0.01), torch.zeros(c), relu=True, padding=1, dtype=dtype, device=cpu
+    )
+    return convolution, torch.ones(1, c, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)

@@ -1,0 +1,69 @@
+"""The folded voting net: the fused kernel that fits the device, or plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmv_fast.ops import available_backends
+from dmv_fast.runtime.fold import VoteWeights
+
+_FUSED_WIDTH = 64  # C of the fused kernels
+
+
+def vote_plain(rows: Tensor, weights: VoteWeights) -> Tensor:
+    """rows (B, M, K, C) -> retrieved values (B, M, V): what the fused kernels compute."""
+    alone = rows.shape[2] == 1  # such a candidate hears nothing
+    heard = rows if alone else torch.cat([_heard(rows, weights), rows], -1)
+    x = F.linear(heard, weights.mix[:, -heard.shape[-1] :], weights.mix_bias)
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + weights.epsilon)
+    return F.linear((x * scale).to(rows.dtype), weights.out, weights.out_bias).amax(2)
+
+
+def _heard(rows: Tensor, weights: VoteWeights) -> Tensor:
+    """(B, M, K, C) -> (B, M, K, H * C): the neighbours' mean by each head's weights, not yet mixed."""
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (weights.heads, -1)).transpose(2, 3)  # (B, M, H, K, C / 4)
+
+    q, k = split(F.linear(rows, weights.to_q, weights.q_bias)), split(F.linear(rows, weights.to_k))
+    logits = (q @ k.mT).float() * math.log(2)  # the folded logits are of powers of 2
+    itself = torch.eye(rows.shape[2], dtype=torch.bool, device=rows.device)
+    attention = logits.masked_fill(itself, -torch.inf).softmax(-1).to(rows.dtype)
+    return (attention @ rows.unsqueeze(2)).transpose(2, 3).flatten(3)
+
+
+def fused_vote(weights: VoteWeights, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The voting function rows -> retrieved values for this device, its weights brought into its layout."""
+    width, value_width = weights.mix.shape[0], weights.out.shape[0]
+    fits = width == _FUSED_WIDTH and value_width % 32 == 0 and weights.heads in (2, 4, 6, 8)
+    if device.type == "cpu" and dtype == torch.bfloat16 and fits and _cpu_kernel_runs():
+        return _cpu_vote(weights)
+    if device.type == "cuda" and fits and available_backends("cuda")["triton"] is None:
+        from dmv_fast.kernels.vote import make_vote
+
+        return make_vote(weights, dtype, device)
+    local = VoteWeights(*(w.to(device, dtype) for w in weights[:-1]), epsilon=weights.epsilon)
+    return lambda rows: vote_plain(rows, local)
+
+
+def _cpu_kernel_runs() -> bool:
+    if available_backends("cpu")["cpu"] is not None or not hasattr(torch.ops.dmv_fast, "vote_cpu"):
+        return False
+    return torch.ops.dmv_fast.vote_cpu_runs()
+
+
+def _cpu_vote(weights: VoteWeights) -> Callable[[Tensor], Tensor]:
+    run = torch.ops.dmv_fast.vote_cpu.default
+    half = weights.to_q.bfloat16(), weights.q_bias, _pairs(weights.to_k), weights.mix.bfloat16()
+    packed = (*half, weights.mix_bias, _pairs(weights.out), weights.out_bias, weights.epsilon)
+    return lambda rows: run(rows, *packed)
+
+
+def _pairs(weight: Tensor) -> Tensor:
+    """(out, in) -> bfloat16 (in / 2, out, 2), the right side of a processor's dot products of pairs."""
+    return weight.view(weight.shape[0], -1, 2).transpose(0, 1).bfloat16().contiguous()

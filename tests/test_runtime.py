@@ -1,0 +1,316 @@
+"""The fast frame against the reference: folds, features, boxes, the memory, several targets at once."""
+
+from __future__ import annotations
+
+import copy
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmv_fast.model.dmv import DMV, DMVConfig
+from dmv_fast.model.pick import PickConfig
+from dmv_fast.runtime import precision
+from dmv_fast.runtime.convolution import Convolution
+from dmv_fast.runtime.fold import fold_vote
+from dmv_fast.runtime.frame import FrameStep
+from dmv_fast.runtime.network import FastNetwork, PlainNetwork
+from dmv_fast.runtime.trunk import max_pool
+from dmv_fast.runtime.vote import fused_vote, vote_plain
+from dmv_fast.vision.crop import normalise, search_window
+
+CPU = torch.device("cpu")
+BOXES = [(60.0, 50.0, 40.0, 30.0), (100.0, 90.0, 22.0, 20.0), (20.0, 20.0, 30.0, 60.0)]
+
+
+def lively(config: DMVConfig, seed: int = 0) -> DMV:
+    """A network in which nothing that is folded is trivial: norms, biases and the vote are all at random."""
+    torch.manual_seed(seed)
+    model = DMV(config).eval().requires_grad_(False)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("running_var", "norm.weight")) or (".bn" in name and name.endswith("weight")):
+            tensor.uniform_(0.7, 1.3)
+        elif name.endswith(("bias", "running_mean")):
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    model.read.voting.to_q.weight.mul_(3)
+    for branch in (model.head.centre, model.head.box):
+        branch[-1].weight.mul_(20)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> DMV:
+    return lively(DMVConfig())
+
+
+def frames(count: int = 4) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    scene = cv2.resize(rng.integers(0, 255, (30, 50, 3), np.uint8), (260, 160))
+    return [np.ascontiguousarray(scene[:, 3 * i : 3 * i + 200]) for i in range(count)]
+
+
+def crops(seed: int = 1) -> Tensor:
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(cv2.resize(rng.integers(0, 255, (20, 20, 3), np.uint8), (256, 256)))[None]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+def random_memory(model: DMV, rows: int = 700) -> tuple[Tensor, Tensor]:
+    """Keys and values that are far apart: which are the best K is then no matter of rounding."""
+    torch.manual_seed(0)
+    keys = F.normalize(torch.randn(1, rows, model.config.key_dim), dim=-1)
+    return keys, torch.randn(1, rows, model.config.value_dim)
+
+
+@pytest.mark.parametrize("stride, dilation, groups", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_convolution_is_folded(stride, dilation, groups, batch):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 16, 3, stride, dilation, dilation, groups, bias=False)
+    norm = nn.BatchNorm2d(16).eval()
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        tensor.data.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    x, onto = torch.randn(batch, 8, 12, 12), torch.randn(batch, 16, 12 // stride, 12 // stride)
+    x, onto = (t.to(memory_format=torch.channels_last) for t in (x, onto))
+    with torch.inference_mode():
+        expected = norm(conv(x))
+        linear, rectified = (
+            Convolution.of(conv, norm, relu=relu, dtype=torch.float32, device=CPU) for relu in (False, True)
+        )
+        torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rectified(x), expected.relu(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rectified(x, onto.clone()), (expected + onto).relu(), atol=1e-5, rtol=1e-5)
+
+
+def test_max_pool_on_bits_is_max_pool():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 16, 12).relu().bfloat16().to(memory_format=torch.channels_last)
+    assert torch.equal(max_pool(x), F.max_pool2d(x, 3, 2, 1))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 32])
+def test_vote_is_folded(model, k):
+    torch.manual_seed(0)
+    rows = torch.randn(2, 3, k, 64)
+    found = vote_plain(rows, fold_vote(model.read))
+    torch.testing.assert_close(found, model.read.voting(rows), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 11, 17, 32])
+def test_fused_vote_rounds_no_worse_than_pytorch(model, k):
+    """Against float32, its error is that of the reference run in bfloat16, within a quarter."""
+    torch.manual_seed(0)
+    vote = fused_vote(fold_vote(model.read), torch.bfloat16, CPU)
+    rows = torch.randn(1, 37, k, 64).bfloat16()  # 37 locations: the last group is never full
+    exact = model.read.voting(rows.float())
+    honest = (copy.deepcopy(model.read.voting).bfloat16()(rows).float() - exact).abs().max()
+    assert (vote(rows).float() - exact).abs().max() <= 1.25 * honest
+
+
+def test_fused_vote_keeps_locations_apart(model):
+    torch.manual_seed(0)
+    vote = fused_vote(fold_vote(model.read), torch.bfloat16, CPU)
+    rows = torch.randn(1, 24, 4, 64).bfloat16()
+    before = vote(rows)
+    rows[0, 5] = torch.randn(4, 64).bfloat16()
+    changed = (vote(rows) != before).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [5]
+
+
+def test_fused_vote_is_blind_to_order_and_the_same_every_time(model):
+    torch.manual_seed(0)
+    vote = fused_vote(fold_vote(model.read), torch.bfloat16, CPU)
+    rows = torch.randn(1, 256, 8, 64).bfloat16()
+    first = vote(rows)
+    assert torch.equal(vote(rows), first)
+    torch.testing.assert_close(vote(rows.flip(2)).float(), first.float(), atol=0.03, rtol=0.03)
+
+
+def test_fused_vote_survives_large_logits(model):
+    read = copy.deepcopy(model.read)
+    read.voting.to_q.weight.mul_(100)
+    torch.manual_seed(0)
+    rows = torch.randn(1, 64, 6, 64).bfloat16()
+    exact = read.voting(rows.float())
+    assert relative(fused_vote(fold_vote(read), torch.bfloat16, CPU)(rows), exact) < 0.1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DMVConfig(), DMVConfig(backbone="resnet50"), DMVConfig(grid=32), DMVConfig(similarity="dot")],
+    ids=["dmv18", "dmv50", "grid 32", "dot"],
+)
+def test_float32_equals_the_reference(config):
+    model = lively(config)
+    plain = PlainNetwork(model, backend="reference")
+    fast = FastNetwork(model, dtype=torch.float32, device=CPU, backend="auto")
+    check_networks(plain, fast, 1e-4)
+
+
+def test_bfloat16_rounds_no_worse_than_pytorch(model):
+    """Against float32, the fast path's error is that of the reference run in bfloat16, within a quarter."""
+    fast = FastNetwork(model, dtype=torch.bfloat16, device=CPU, backend="auto")
+    check_networks(PlainNetwork(model, backend="reference"), fast, 0.2)
+    half = copy.deepcopy(model).bfloat16()
+    keys, values = random_memory(model)
+    with torch.inference_mode():
+        seen = model.backbone(normalise(crops()))
+        exact = model(seen, keys, values)
+        half_seen = half.backbone(normalise(crops()).bfloat16())
+        honest = half(half_seen, keys.bfloat16(), values.bfloat16())
+        fast_seen, projected = fast.look(crops()), model.read.voting.value_in(values).bfloat16()
+        found = fast.predict(fast_seen, keys.bfloat16(), projected, 4, keys.shape[1])
+
+        def error(x: Tensor, reference: Tensor) -> Tensor:
+            return (x.float() - reference).abs().mean()
+
+        features = fast_seen[..., :256].permute(0, 3, 1, 2)
+        assert error(features, seen) < 1.25 * error(half_seen, seen)
+        assert error(found.logits, exact.logits) < 1.25 * error(honest.logits, exact.logits)
+        assert error(found.deltas, exact.deltas) < 1.25 * error(honest.deltas, exact.deltas)
+
+
+def check_networks(plain: PlainNetwork, fast: FastNetwork, tolerance: float) -> None:
+    """The three calls of a Network, one by one, each relative to the largest number of the reference."""
+    model, project = plain.model, plain.model.read.voting.value_in
+    with torch.inference_mode():
+        seen, fast_seen = plain.look(crops()), fast.look(crops())
+        assert relative(fast_seen[..., :256], seen) < tolerance
+        maps = model.exact_maps(torch.tensor([[96.0, 90.0, 64.0, 70.0]]))
+        keys, values = plain.remember(seen, *maps)
+        fast_keys, fast_values = fast.remember(fast_seen, *maps)
+        assert relative(fast_keys, keys) < tolerance
+        assert relative(fast_values, project(values)) < tolerance
+        keys, values = random_memory(model)
+        for k in (1, 4):
+            expected = plain.predict(seen, keys, values, k, 650)
+            found = fast.predict(fast_seen, keys.to(fast.dtype), project(values).to(fast.dtype), k, 650)
+            assert typical_error(found.logits, expected.logits) < tolerance
+            assert typical_error(found.deltas, expected.deltas) < tolerance
+
+
+def typical_error(found: Tensor, expected: Tensor) -> float:
+    """Blind to the odd location at which rounding makes another key the last candidate."""
+    return ((found - expected).abs().mean() / expected.std()).item()
+
+
+@pytest.mark.parametrize("dtype, pixels", [(torch.float32, 0.02), (torch.bfloat16, 8.0)])
+def test_boxes_are_the_reference_s(model, dtype, pixels):
+    images = frames()
+    fast = FastNetwork(model, dtype=dtype, device=CPU, backend="auto")
+    steps = [
+        FrameStep(network, k=4, capacity=3, pick=PickConfig())
+        for network in (PlainNetwork(model, backend="reference"), fast)
+    ]
+    window = search_window(BOXES[0])
+    size = window.to_crop(BOXES[0])[None, 2:]
+    for step in steps:
+        step.start(0, images[0], window, BOXES[0])
+    for i, image in enumerate(images[1:], start=1):
+        expected, found = (step.step(image, [window], size) for step in steps)
+        assert np.abs(found[0, :4] - expected[0, :4]).max() < pixels
+        assert abs(found[0, 4] - expected[0, 4]) < (1e-3 if dtype == torch.float32 else 0.1)
+        assert [step.write(0, i) for step in steps] == [True, True]
+    assert steps[0].memory.banks[0].frames == steps[1].memory.banks[0].frames == [0, 3, 2]
+
+
+def make_step(model: DMV, dtype: torch.dtype = torch.float32, targets: int = 1) -> FrameStep:
+    network = FastNetwork(model, dtype=dtype, device=CPU, backend="auto")
+    return FrameStep(network, k=4, capacity=3, pick=PickConfig(), targets=targets)
+
+
+def run_alone(step: FrameStep, place: int, box, images: list[np.ndarray]) -> list[np.ndarray]:
+    window = search_window(box)
+    step.start(place, images[0], window, box)
+    return [step.step(image, [window], window.to_crop(box)[None, 2:])[0] for image in images[1:]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_targets_answer_as_each_alone(model, dtype):
+    images = frames(3)
+    windows = [search_window(box) for box in BOXES]
+    sizes = np.array([w.to_crop(b)[2:] for w, b in zip(windows, BOXES, strict=True)])
+    together = make_step(model, dtype, targets=4)
+    for place, box in enumerate(BOXES):
+        together.start(place, images[0], windows[place], box)
+    answers = np.stack([together.step(image, windows, sizes) for image in images[1:]])
+    single = make_step(model, dtype)
+    for place, box in enumerate(BOXES):
+        np.testing.assert_allclose(answers[:, place], run_alone(single, 0, box, images), atol=1e-3)
+
+
+def test_targets_remember_and_move_on_their_own(model):
+    """Unequal memories side by side; the last moved into a place that fell free."""
+    images = frames(3)
+    step = make_step(model, targets=2)
+    windows = [search_window(box) for box in BOXES[:2]]
+    sizes = np.array([w.to_crop(b)[2:] for w, b in zip(windows, BOXES, strict=False)])
+    for place, box in enumerate(BOXES[:2]):
+        step.start(place, images[0], windows[place], box)
+    step.step(images[1], windows, sizes)
+    assert step.write(1, 1)
+    assert step.memory.valid.tolist() == [256, 512]
+    expected = step.step(images[2], windows, sizes)[1]
+    step.move(1, 0)
+    assert step.memory.valid.tolist()[0] == 512
+    np.testing.assert_allclose(step.step(images[2], windows[1:], sizes[1:])[0], expected, atol=1e-3)
+    step.memory.clear(1)  # what moved is not what it came from
+    assert step.memory.banks[0].frames[:2] == [0, 1]
+
+
+def test_clone_remembers_on_its_own(model):
+    images = frames(3)
+    step = make_step(model)
+    window = search_window(BOXES[0])
+    size = window.to_crop(BOXES[0])[None, 2:]
+    step.start(0, images[0], window, BOXES[0])
+    step.step(images[1], [window], size)
+    other = step.clone()
+    assert other.network is step.network
+    assert other.write(0, 1) and step.memory.valid.item() == 256
+    before = step.memory.keys.clone()
+    other.start(0, images[2], window, BOXES[0])
+    assert torch.equal(step.memory.keys, before)
+
+
+def test_a_frame_allocates_nothing_that_stays(model):
+    """The ring is what was allocated at the start, however many frames are written to it."""
+    step = make_step(model, torch.bfloat16)
+    images = frames(2)
+    window = search_window(BOXES[0])
+    step.start(0, images[0], window, BOXES[0])
+    places = step.memory.keys.data_ptr(), step.memory.values.data_ptr()
+    for frame in range(1, 8):
+        step.step(images[1], [window], window.to_crop(BOXES[0])[None, 2:])
+        step.write(0, frame)
+    assert places == (step.memory.keys.data_ptr(), step.memory.values.data_ptr())
+    assert step.memory.banks[0].keys.data_ptr() == places[0]
+    assert step.memory.banks[0].frames == [0, 7, 6]
+
+
+@pytest.mark.parametrize("slow, chosen", [("bfloat16", torch.float32), ("float32", torch.bfloat16)])
+def test_fast_dtype_is_found_by_timing(monkeypatch, slow, chosen):
+    clock = [0.0]
+
+    def probe(dtype):
+        def convolution(_):
+            clock[0] += 2.0 if dtype == getattr(torch, slow) else 1.0
+
+        return convolution, None
+
+    monkeypatch.setattr(precision, "_probe", probe)
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: clock[0])
+    precision.fast_dtype.cache_clear()
+    assert precision.fast_dtype(CPU) is chosen
+    precision.fast_dtype.cache_clear()
+
+
+def test_fast_dtype_answers_here():
+    assert precision.fast_dtype(CPU) in (torch.bfloat16, torch.float32)
