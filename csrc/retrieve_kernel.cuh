@@ -4,7 +4,8 @@
 // 32 rows, tiles of 128 keys, a tile in chunks of 128 bytes a key through a pipeline of asynchronous copies.
 // Each tile's logits stay in registers for the selection (retrieve_select.cuh). Every split leaves k sorted
 // candidates and a log-sum-exp a row, and the merge kernel (retrieve_merge.cuh) combines those that the valid
-// keys reach.
+// keys reach. One source for sm_80 to sm_120; a path for Hopper's own instructions (TMA, wgmma) waits for a
+// Hopper to measure it on.
 #pragma once
 
 #include "retrieve_plan.h"

@@ -6,20 +6,21 @@ import copy
 import functools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
 
 from dmv_fast import ops
-from dmv_fast.model.dmv import DMV
-from dmv_fast.model.memory import MemoryBank, MemoryPolicy
-from dmv_fast.model.pick import PickConfig, cosine_window, pick
-from dmv_fast.vision.crop import cut, normalise, search_window
+from dmv_fast.model.memory import MemoryPolicy
+from dmv_fast.model.pick import PickConfig
+from dmv_fast.runtime.frame import FrameStep
+from dmv_fast.runtime.network import FastNetwork, Network, PlainNetwork
+from dmv_fast.runtime.precision import fast_dtype
+from dmv_fast.vision.crop import Window, search_window
 from dmv_fast.weights import load_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,8 +63,9 @@ class FastDMVTracker:
         weights: a shipped name ("dmv18") or a .safetensors file.
         k: candidates K that vote at each location, 1 to 32; None: the checkpoint's own.
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1" ...
-        dtype: "auto", "float32", "bfloat16" or "float16".
-        backend: of the retrieval: "auto", "reference", "cpu", "triton" or "cuda".
+        dtype: "auto" (the fastest here), "float32", "bfloat16" or "float16".
+        backend: of the retrieval: "auto", "reference", "cpu", "triton" or "cuda". "reference" in float32 is
+            the plain PyTorch network, all else the folded one.
         config: how the network is used; None: `TrackerConfig()`.
 
     Raises:
@@ -75,20 +77,8 @@ class FastDMVTracker:
         backend: str = "auto", config: TrackerConfig | None = None,
     ):  # fmt: skip
         self.config = TrackerConfig() if config is None else config
-        self._device = _resolve_device(device)
-        self._dtype = _resolve_dtype(dtype, self._device)
-        self._backend = _resolve_backend(backend, self._device)
-        self._model = shared_model(str(weights), self._device, self._dtype)
-        self._k = self._model.config.candidates if k is None else k
-        if not 1 <= self._k <= 32:
-            raise ValueError(f"k is {k}; it must be 1 to 32")
-        grid, anchors = self._model.config.grid, len(self._model.config.anchor_ratios)
-        self._window = cosine_window(anchors, grid, device=self._device)
-        self._memory: MemoryBank = self._model.new_memory(1, self.config.capacity)
-        self._box: tuple[float, float, float, float] | None = None
-        self._size: tuple[int, int] = (0, 0)
-        self._frame = self._last_written = 0
-        self._score = 0.0
+        self._frames = make_frame_step(weights, k, device, dtype, backend, self.config)
+        self._target: Target | None = None
 
     # ---- the OpenCV interface ----------------------------------------------------------------------
 
@@ -104,16 +94,8 @@ class FastDMVTracker:
         """
         image = as_bgr(image)
         box = check_box(boundingBox, image.shape[1], image.shape[0])
-        window = search_window(box)
-        with torch.inference_mode():
-            features = self._features(image, window)
-            target = torch.tensor(window.to_crop(box), dtype=torch.float32, device=self._device)
-            maps = self._model.exact_maps(target[None])
-            self._memory.clear()
-            self._memory.write(*self._remember(features, *maps), frame=0)
-        self._box, self._size = box, (image.shape[1], image.shape[0])
-        self._frame = self._last_written = 0
-        self._score = 1.0
+        self._frames.start(0, image, search_window(box), box)
+        self._target = Target(box, image)
 
     def update(self, image: np.ndarray) -> tuple[bool, tuple[int, int, int, int]]:
         """Next frame, as `cv2.Tracker.update`: (found, box rounded to int). Not found: the last box."""
@@ -123,7 +105,7 @@ class FastDMVTracker:
 
     def getTrackingScore(self) -> float:  # noqa: N802 (cv2's name)
         """Score of the last frame, 0 to 1."""
-        return self._score
+        return 0.0 if self._target is None else self._target.score
 
     # ---- the same, unrounded -----------------------------------------------------------------------
 
@@ -134,59 +116,56 @@ class FastDMVTracker:
             RuntimeError: `init` was not called.
             TypeError, ValueError: an image that cannot be used; the state is then as before.
         """
-        if self._box is None:
+        if self._target is None:
             raise RuntimeError("track before init: call init(image, box) on the first frame")
         image = as_bgr(image)
-        self._check_size(image)
-        with torch.inference_mode():
-            return self._step(image)
-
-    def _step(self, image: np.ndarray) -> TrackResult:
-        model, config = self._model, self.config
-        assert self._box is not None
-        window = search_window(self._box)
-        features = self._features(image, window)
-        prediction = model(
-            features, self._memory.keys, self._memory.values, k=self._k, valid=self._memory.valid,
-            backend=self._backend,
-        )  # fmt: skip
-        scores, deltas = prediction.logits.float().sigmoid(), prediction.deltas.float()
-        size = torch.tensor(window.to_crop(self._box)[None, 2:], dtype=torch.float32, device=self._device)
-        choice = pick(scores, model.decode(deltas), size, self._window, config.pick)
-        *crop_box, score = torch.cat([choice.box[0], choice.score]).tolist()
-        self._frame += 1
-        self._score = score
-        found = score >= config.found_score
-        if found:
-            self._box = self._keep_in_frame(window.to_frame(crop_box))
-        written = config.policy.wants(self._frame, self._last_written, score)
-        if written:
-            written = (
-                self._memory.write(*self._remember(features, scores, deltas), frame=self._frame) is not None
-            )
-            self._last_written = self._frame
-        return TrackResult(self._box, score, found, written)
+        self._target.check_size(image)
+        window, size = self._target.look()
+        (answer,) = self._frames.step(image, [window], np.array([size]))
+        return self._target.settle(window, answer, self.config, lambda frame: self._frames.write(0, frame))
 
     def clone(self) -> FastDMVTracker:
         """An independent tracker in the same state; the weights are shared."""
         other = copy.copy(self)
-        other._memory = self._memory.clone()
+        other._frames = self._frames.clone()
+        other._target = copy.copy(self._target)
         return other
 
     def __deepcopy__(self, memo: dict) -> FastDMVTracker:
         return self.clone()
 
-    # ---- parts -------------------------------------------------------------------------------------
 
-    def _features(self, image: np.ndarray, window) -> Tensor:
-        crop = torch.from_numpy(cut(image, window))[None].to(self._device)
-        crop = normalise(crop).to(self._dtype, memory_format=torch.channels_last)
-        return self._model.backbone(crop)
+class Target:
+    """Where one target is and when it was remembered; says where to look next and judges what was found."""
 
-    def _remember(self, features: Tensor, scores: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
-        return self._model.remember(features, scores.to(self._dtype), deltas.to(self._dtype))
+    def __init__(self, box: tuple[float, float, float, float], image: np.ndarray):
+        self.box = box
+        self.score = 1.0
+        self._size = (image.shape[1], image.shape[0])
+        self._frame = self._last_written = 0
 
-    def _check_size(self, image: np.ndarray) -> None:
+    def look(self) -> tuple[Window, np.ndarray]:
+        """The search window, and the target's last width and height in it (2,), in crop pixels."""
+        window = search_window(self.box)
+        return window, window.to_crop(self.box)[2:]
+
+    def settle(
+        self, window: Window, answer: np.ndarray, config: TrackerConfig, write: Callable[[int], bool]
+    ) -> TrackResult:
+        """Take a frame's answer (5,): box xywh in crop pixels, score. write: remembers it by its number."""
+        self._frame += 1
+        self.score = float(answer[4])
+        found = self.score >= config.found_score
+        if found:
+            self.box = self._keep_in_frame(window.to_frame(answer[:4]))
+        written = False
+        if config.policy.wants(self._frame, self._last_written, self.score):
+            written = write(self._frame)
+            self._last_written = self._frame
+        return TrackResult(self.box, self.score, found, written)
+
+    def check_size(self, image: np.ndarray) -> None:
+        """ValueError unless the image has the size of the frame in which the target was chosen."""
         size = (image.shape[1], image.shape[0])
         if size != self._size:
             raise ValueError(
@@ -204,18 +183,36 @@ class FastDMVTracker:
         return float(cx - w / 2), float(cy - h / 2), float(w), float(h)
 
 
-_model_lock = threading.Lock()
+def make_frame_step(
+    weights: str, k: int | None, device: str, dtype: str, backend: str, config: TrackerConfig,
+    targets: int = 1,
+) -> FrameStep:  # fmt: skip
+    """FastDMVTracker's arguments, checked, as what runs a frame; the network is shared."""
+    where = _resolve_device(device)
+    network = shared_network(
+        str(weights), where, _resolve_dtype(dtype, where), _resolve_backend(backend, where)
+    )
+    k = network.model.config.candidates if k is None else k
+    if not 1 <= k <= 32:
+        raise ValueError(f"k is {k}; it must be 1 to 32")
+    return FrameStep(network, k=k, capacity=config.capacity, pick=config.pick, targets=targets)
 
 
-def shared_model(weights: str, device: torch.device, dtype: torch.dtype) -> DMV:
-    """The network of a checkpoint; one copy for all trackers of a process."""
-    with _model_lock:
-        return _load(weights, device, dtype)
+_load_lock = threading.Lock()
+
+
+def shared_network(weights: str, device: torch.device, dtype: torch.dtype, backend: str) -> Network:
+    """The network of a checkpoint, ready to run; one copy for all trackers of a process."""
+    with _load_lock:
+        return _load(weights, device, dtype, backend)
 
 
 @functools.lru_cache(maxsize=8)
-def _load(weights: str, device: torch.device, dtype: torch.dtype) -> DMV:
-    return load_model(weights, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+def _load(weights: str, device: torch.device, dtype: torch.dtype, backend: str) -> Network:
+    model = load_model(weights, device=device)
+    if dtype == torch.float32 and backend == "reference":
+        return PlainNetwork(model, backend=backend)
+    return FastNetwork(model, dtype=dtype, device=device, backend=backend)
 
 
 def as_bgr(image: np.ndarray) -> np.ndarray:
@@ -272,9 +269,7 @@ def _resolve_device(name: str) -> torch.device:
 
 def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        if device.type == "cuda":
-            return torch.float16
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+        return fast_dtype(device)
     if name not in _DTYPES:
         raise ValueError(f"dtype is {name!r}; it must be auto or one of {sorted(_DTYPES)}")
     return _DTYPES[name]

@@ -38,9 +38,9 @@ def retrieve(
         scores (B, M, k) float32, highest first; indices (B, M, k) int32, -1 for the null column or padding.
     """
     (batch, m, d), n = query.shape, keys.shape[1]
-    if query.stride(2) != 1:
+    if d > 1 and query.stride(2) != 1:
         query = query.contiguous()
-    if keys.stride(2) != 1:
+    if d > 1 and keys.stride(2) != 1:
         raise ValueError(f"keys: has strides {keys.stride()}, its rows should be contiguous")
     if tiles is None:
         capability, processors = _chip(query.device)

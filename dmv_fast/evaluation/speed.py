@@ -12,9 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -61,20 +61,32 @@ class Setting:
     backend: str = "auto"
 
 
+class Taken(NamedTuple):
+    """What one frame took, in milliseconds: on the clock, and of all processor cores together."""
+
+    clock: float
+    processor: float
+
+
 @dataclass
 class Row:
-    """One line of the results. Times in milliseconds a frame (of all targets)."""
+    """One line of the results: what each frame (of all targets) took."""
 
     section: str
     name: str
     setting: Setting | None
     """None: not our tracker."""
-    times: list[float] = field(repr=False)
+    taken: list[Taken]
     note: str
 
     def percentile(self, q: float) -> float:
-        """The time that q percent of the frames do not exceed."""
-        return float(np.percentile(self.times, q))
+        """The clock time that q percent of the frames do not exceed, ms."""
+        return float(np.percentile([t.clock for t in self.taken], q))
+
+    @property
+    def processor(self) -> float:
+        """Median processor time, ms: what the clock would say of one thread on an idle machine."""
+        return float(np.median([t.processor for t in self.taken]))
 
     @property
     def fps(self) -> float:
@@ -221,7 +233,7 @@ class Bench:
         run, times, resident = Follow(tracker, self.clip), [], []
         run.prepare(0)
         for i in range(frames):
-            times.append(_milliseconds(run, i))
+            times.append(_take(run, i)[1])
             if (i + 1) % max(1, frames // 10) == 0:
                 resident.append(f"{_resident_mb():.0f}")
         self._add("endurance", f"{frames} frames", self.base, times, f"resident MB {' '.join(resident)}")
@@ -242,13 +254,14 @@ class Bench:
     # ---- how -----------------------------------------------------------------------------------------
 
     def _add(
-        self, section: str, name: str, setting: Setting | None, times: list[float], note: str = ""
+        self, section: str, name: str, setting: Setting | None, times: list[Taken], note: str = ""
     ) -> None:
         row = Row(section, name, setting, times, note or f"peak {peak_memory_mb():.0f} MB")
         self.rows.append(row)
         p50, p99 = row.percentile(50), row.percentile(99)
         self._say(
-            f"{section:<10} {name:<16} p50 {p50:8.2f} ms  p99 {p99:8.2f} ms  {row.fps:7.1f} FPS  {row.note}"
+            f"{section:<10} {name:<16} p50 {p50:8.2f} ms  p99 {p99:8.2f} ms  {row.fps:7.1f} FPS  "
+            f"processor {row.processor:8.2f} ms  {row.note}"
         )
 
     def _compare(self, section: str, settings: Mapping[str, Setting]) -> None:
@@ -258,12 +271,12 @@ class Bench:
         for name, times in self._in_turns(runs).items():
             self._add(section, name, settings[name], times)
 
-    def _in_turns(self, runs: Mapping[str, Run]) -> dict[str, list[float]]:
-        times: dict[str, list[float]] = {name: [] for name in runs}
+    def _in_turns(self, runs: Mapping[str, Run]) -> dict[str, list[Taken]]:
+        times: dict[str, list[Taken]] = {name: [] for name in runs}
         for i in range(_WARM_UP + self.frames):
             for name, run in runs.items():
                 run.prepare(i)
-                times[name].append(_milliseconds(run, i))
+                times[name].append(_take(run, i)[1])
         return {name: taken[_WARM_UP:] for name, taken in times.items()}
 
     def _weights(self, setting: Setting) -> str:
@@ -312,19 +325,22 @@ class Bench:
         return [(*place, w, h) for place in places]
 
 
-def stage_times(step: FrameStep, clip: Clip, frames: int) -> dict[str, list[float]]:
-    """Milliseconds of each stage of a frame, by its name. The device is waited for after each."""
+def stage_times(step: FrameStep, clip: Clip, frames: int) -> dict[str, list[Taken]]:
+    """What each stage of a frame takes, by its name. The device is waited for after each."""
     network, memory = step.network, step.memory
     window, valid = search_window(clip.box), memory.banks[0].valid
     sizes = torch.tensor(window.to_crop(clip.box)[None, 2:], dtype=torch.float32, device=network.device)
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[Taken]] = {}
 
     def timed(name: str, work: Callable, *args):
-        began = time.perf_counter()
-        result = work(*args)
-        if network.device.type == "cuda":
-            torch.cuda.synchronize(network.device)
-        times.setdefault(name, []).append((time.perf_counter() - began) * 1e3)
+        def finished():
+            result = work(*args)
+            if network.device.type == "cuda":
+                torch.cuda.synchronize(network.device)
+            return result
+
+        result, taken = _take(finished)
+        times.setdefault(name, []).append(taken)
         return result
 
     with torch.inference_mode():
@@ -340,10 +356,10 @@ def stage_times(step: FrameStep, clip: Clip, frames: int) -> dict[str, list[floa
     return {name: taken[_WARM_UP:] for name, taken in times.items()}
 
 
-def _milliseconds(run: Run, i: int) -> float:
-    began = time.perf_counter()
-    run(i)
-    return (time.perf_counter() - began) * 1e3
+def _take(work: Callable, *args) -> tuple[object, Taken]:
+    clock, processor = time.perf_counter(), time.process_time()
+    result = work(*args)
+    return result, Taken((time.perf_counter() - clock) * 1e3, (time.process_time() - processor) * 1e3)
 
 
 def _resident_mb() -> float:
