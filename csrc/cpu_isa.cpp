@@ -13,8 +13,6 @@
 namespace dmv_fast {
 namespace {
 
-constexpr Isa kAll[] = {Isa::amx, Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::generic};
-
 // Linux hands the 8 KB of tile registers only to a process that asks; the answer holds for all its threads.
 bool amx_granted() {
 #if defined(DMV_X86) && defined(__linux__)
@@ -77,15 +75,30 @@ bool runs_here(Isa isa) {
   return runs[static_cast<int>(isa)];
 }
 
+// Intel's processors take two and a half cycles for what one of AMD's does in one: there the float32 product of
+// widened numbers is the faster (256 x 8192 x 256 on one core of a Xeon: 6.8 ms against 12.0).
+const Isa* by_preference() {
+  static constexpr Isa kIntel[] = {Isa::amx, Isa::avx512, Isa::avx512_bf16, Isa::avx2, Isa::generic};
+  static constexpr Isa kOthers[] = {Isa::amx, Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::generic};
+#ifdef DMV_X86
+  static const bool intel = __builtin_cpu_is("intel");
+  return intel ? kIntel : kOthers;
+#else
+  return kOthers;
+#endif
+}
+
 Isa chosen_isa() {
   const char* wanted = std::getenv("DMV_FAST_CPU_ISA");
-  for (Isa isa : kAll) {
+  for (int i = 0; i < kIsas; ++i) {
+    const Isa isa = by_preference()[i];
     if (wanted && *wanted ? std::strcmp(wanted, name_of(isa)) == 0 : runs_here(isa)) {
       STD_TORCH_CHECK(runs_here(isa), "DMV_FAST_CPU_ISA: ", wanted, " does not run on this processor");
       return isa;
     }
   }
-  STD_TORCH_CHECK(false, "DMV_FAST_CPU_ISA: ", wanted, " is unknown, it should be amx, avx512_bf16, avx512, avx2 or generic");
+  STD_TORCH_CHECK(
+      false, "DMV_FAST_CPU_ISA: ", wanted, " is unknown, it should be amx, avx512_bf16, avx512, avx2 or generic");
 }
 
 }  // namespace dmv_fast

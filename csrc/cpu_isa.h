@@ -19,13 +19,15 @@
 
 namespace dmv_fast {
 
-// Rising order of preference. avx512 has no bf16 product: bf16 becomes float32 block by block, as on avx2.
+// Each runs wherever a later one does. avx512 has no bfloat16 product: bfloat16 is widened block by block, as on avx2.
 enum class Isa { generic, avx2, avx512, avx512_bf16, amx };
+constexpr int kIsas = 5;
 
 const char* name_of(Isa isa);
 bool runs_here(Isa isa);
+const Isa* by_preference();  // all kIsas of them, the fastest first
 
-// The best one that runs here, or the one that the environment variable DMV_FAST_CPU_ISA names (read at each
+// The fastest one that runs here, or the one that the environment variable DMV_FAST_CPU_ISA names (read at each
 // call; throws where that one is unknown or does not run here).
 Isa chosen_isa();
 

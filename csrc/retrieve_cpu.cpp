@@ -113,11 +113,11 @@ std::tuple<Tensor, Tensor> retrieve_cpu(
   return {scores, indices};
 }
 
-// What DMV_FAST_CPU_ISA may name on this machine, the preferred first.
+// What DMV_FAST_CPU_ISA may name on this machine, the fastest first.
 std::string cpu_isas() {
   std::string names;
-  for (Isa isa : {Isa::amx, Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::generic})
-    if (runs_here(isa)) names += (names.empty() ? "" : " ") + std::string(name_of(isa));
+  for (int i = 0; i < kIsas; ++i)
+    if (const Isa isa = by_preference()[i]; runs_here(isa)) names += (names.empty() ? "" : " ") + std::string(name_of(isa));
   return names;
 }
 
