@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmv_fast.ops.backends import check_backend
+from dmv_fast.ops.backends import available_backends, check_backend
 from dmv_fast.ops.retrieve import key_rows, with_contiguous_rows
 
 
@@ -40,6 +40,8 @@ def _run(
     values: Tensor, null_value: Tensor, query_part: Tensor, indices: Tensor, scores: Tensor, backend: str
 ) -> Tensor:
     backend = check_backend(backend, values.device.type)
+    if backend == "cuda":  # the C++ side has no gather of its own
+        backend = "triton" if available_backends("cuda")["triton"] is None else "reference"
     values, query_part = with_contiguous_rows(values), with_contiguous_rows(query_part)
     arguments = (values, null_value.contiguous(), query_part, indices.contiguous(), scores.contiguous())
     if backend == "cpu":
@@ -48,8 +50,6 @@ def _run(
         from dmv_fast.kernels.gather import gather_candidates as gather_triton
 
         return gather_triton(*arguments)
-    if backend == "cuda" and hasattr(torch.ops.dmv_fast, "gather_candidates_cuda"):
-        return torch.ops.dmv_fast.gather_candidates_cuda.default(*arguments)
     return gather_reference(*arguments)
 
 
