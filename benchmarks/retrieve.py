@@ -39,7 +39,6 @@ DEPTH = 256
 BURST_S = 0.03
 PAUSE_S = 0.02
 SLOWEST_S = 0.5  # what takes longer than this is timed once
-LONGEST_S = 5.0  # and what takes longer than this is left out
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("m", "n", "d", "k", "what", "cache", "calls", "median_ms", "min_ms", "over_product", "tflops")
 
@@ -63,6 +62,8 @@ def faiss_knn(query: Tensor, keys: Tensor, k: int) -> Callable[[], object]:
 def keops_argkmin(query: Tensor, keys: Tensor, k: int) -> Callable[[], object]:
     from pykeops.torch import LazyTensor
 
+    if query.device.type == "cpu" and len(query) * len(keys) > 1 << 22:
+        raise TimeoutError("its CPU product takes many seconds a call at this size")
     left, right = LazyTensor(query.float()[:, None, :]), LazyTensor(keys.float()[None, :, :])
     call = lambda: (-(left | right)).argKmin(k, dim=1)  # noqa: E731
     call()  # compiles
@@ -90,9 +91,6 @@ def contenders(query: Tensor, keys: Tensor, k: int, peers: bool) -> dict[str, Ca
         try:
             calls[name] = make()
             calls[name]()  # compiles, where that is left to the first call
-            once = seconds_on_cpu(calls[name])
-            if once > LONGEST_S:
-                raise TimeoutError(f"one call takes {once:.1f} s")
         except Exception as error:  # a peer's troubles are its own; the others are still compared
             calls.pop(name, None)
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:90]
@@ -127,8 +125,8 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            if clock(call) > SLOWEST_S and times[name]:
-                continue  # once is enough
+            if times[name] and times[name][-1] > SLOWEST_S:
+                continue
             time.sleep(PAUSE_S)
             clock(call)
             end = time.perf_counter() + BURST_S

@@ -97,5 +97,6 @@ def gather_candidates(
             *strides,
             **gather_constants(k, width),
             num_warps=gather_warps(k, width),
+            enable_fp_fusion=True,
         )
     return rows

@@ -61,9 +61,11 @@ def retrieve(
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         if n:
             grid = (-(-m // tiles.rows), tiles.splits, batch)
-            scan_kernel[grid](*inputs, m, n, count, tiles.splits, *strides, **scan, num_warps=tiles.warps)
-        grid, warps = (-(-m // tiles.select_rows), batch), select_warps(count)
-        select_kernel[grid](*inputs, scores, indices, m, n, count, *strides, **select, num_warps=warps)
+            options = {"num_warps": tiles.warps, "enable_fp_fusion": True}
+            scan_kernel[grid](*inputs, m, n, count, tiles.splits, *strides, **scan, **options)
+        grid = (-(-m // tiles.select_rows), batch)
+        options = {"num_warps": select_warps(count), "enable_fp_fusion": True}
+        select_kernel[grid](*inputs, scores, indices, m, n, count, *strides, **select, **options)
     return scores, indices
 
 
