@@ -12,6 +12,7 @@ DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,popcnt,f16c")
 #include "product_float32.h"
 
 namespace dmv_fast {
+
 RetrieveTiles avx512_kernel(Dtype dtype) {
   if (dtype == Dtype::float32) return retrieve_tiles<ProductFloat32, float>;
   return dtype == Dtype::bfloat16 ? retrieve_tiles<ProductFloat32, BFloat16> : retrieve_tiles<ProductFloat32, Float16>;

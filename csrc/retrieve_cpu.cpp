@@ -117,7 +117,8 @@ std::tuple<Tensor, Tensor> retrieve_cpu(
 std::string cpu_isas() {
   std::string names;
   for (int i = 0; i < kIsas; ++i)
-    if (const Isa isa = by_preference()[i]; runs_here(isa)) names += (names.empty() ? "" : " ") + std::string(name_of(isa));
+    if (const Isa isa = by_preference()[i]; runs_here(isa))
+      names += (names.empty() ? "" : " ") + std::string(name_of(isa));
   return names;
 }
 

@@ -68,9 +68,9 @@ struct Chunk {
 
   template <class Between>
   void multiply(int64_t key, const Element* queries, float* logits, Between&& between) const {
+    const auto* in_place = reinterpret_cast<const Element*>(memory + key * memory_stride);
     if (key < packed_from)
-      Product::block(
-          reinterpret_cast<const Element*>(memory + key * memory_stride), memory_stride, queries, depth, logits, between);
+      Product::block(in_place, memory_stride, queries, depth, logits, between);
     else
       Product::block(packed + (key - packed_from) * depth, depth, queries, depth, logits, between);
   }

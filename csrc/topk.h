@@ -5,7 +5,7 @@
 // the softmax's shift is always finite.
 //
 // A logit that beats its query's threshold, which becomes rare soon, is only noted (append); the notes of all
-// queries enter their lists together, a vector of 16 queries at a time (insert_pending). Ties keep the order of the
+// queries enter their lists together, lane by lane again (insert_pending). Ties keep the order of the
 // keys, so the smaller index comes first.
 #pragma once
 

@@ -84,7 +84,7 @@ class FrameStep:
         return torch.from_numpy(crops).to(self.network.device)
 
     def choose(self, maps: Tensor, prediction: Prediction, sizes: Tensor) -> Tensor:
-        """The best box of each place and its score, (n, 5) on the device; what was seen is kept for `write`."""
+        """Each place's best box and its score, (n, 5) on the device; what was seen is kept for `write`."""
         scores = prediction.logits.sigmoid()
         boxes = self.network.model.decode(prediction.deltas)
         choice = pick(scores, boxes, sizes, self._window, self.pick)
