@@ -19,6 +19,7 @@ _COMMANDS = {
     "doctor": ("dmv_fast.commands.doctor", "say what works on this machine, and why the rest does not"),
     "train": ("dmv_fast.training.loop", "train a network by a recipe"),
     "eval": ("dmv_fast.evaluation.runner", "measure a tracker on a dataset"),
+    "bench": ("dmv_fast.commands.bench", "time a frame on this machine"),
 }
 
 
