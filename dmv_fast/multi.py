@@ -44,7 +44,7 @@ class MultiTracker:
         image = as_bgr(image)
         box = check_box(bbox, image.shape[1], image.shape[0])
         if len(self._targets) == self._capacity:
-            raise ValueError(f"add: all {self._capacity} places are taken; raise capacity, or remove a target")
+            raise ValueError(f"add: all {self._capacity} places are taken; raise capacity or remove one")
         if self._targets:
             self._targets[0].check_size(image)
         target = Target(box, image)
