@@ -92,8 +92,8 @@ def vote_kernel(
 def vote_constants(k: int, heads: int, width: int, value_width: int, locations: int) -> dict[str, int | str]:
     """What ``vote_kernel`` is compiled for.
 
-    16 candidates a program where that already gives a program to each multiprocessor of a large chip, else it
-    would be a chain of products for nobody; up to 64 where there are locations enough.
+    A program is one long chain of products, so small calls are cut small, 16 candidates a program, the least
+    that a product takes; 64 where that still leaves 128 programs, about one a multiprocessor.
     """
     slots = padded(k)
     wide = 64 if locations * slots >= 64 * 128 else 16
@@ -105,7 +105,7 @@ def vote_constants(k: int, heads: int, width: int, value_width: int, locations: 
         "HEAD": width // 4,
         "C": width,
         "V": value_width,
-        "COLUMNS": min(64, padded(value_width)),
+        "COLUMNS": min(64, value_width & -value_width),
         "PRECISION": "ieee",
     }
 
@@ -116,7 +116,7 @@ def vote_warps(constants: dict) -> int:
 
 
 def make_vote(weights: VoteWeights, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """rows (B, M, K, C) contiguous -> retrieved values (B, M, V), with these weights; V a multiple of 64."""
+    """rows (B, M, K, C) contiguous -> retrieved values (B, M, V), with these weights; V a multiple of 16."""
 
     def bring(tensor: Tensor, to: torch.dtype) -> Tensor:
         return tensor.to(device, to).contiguous()
