@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dmv_fast.tracker import Target, TrackerConfig, TrackResult, as_bgr, check_box, make_frame_step
+from dmv_fast.tracker import Target, TrackerConfig, TrackResult, as_bgr, check_box, frame_step_for
 
 
 class MultiTracker:
@@ -27,7 +27,7 @@ class MultiTracker:
             raise ValueError(f"capacity is {capacity}; there must be room for 1 target at least")
         self.config = TrackerConfig() if config is None else config
         self._capacity = capacity
-        self._frames = make_frame_step(weights, k, device, dtype, backend, self.config, targets=capacity)
+        self._frames = frame_step_for(weights, k, device, dtype, backend, self.config, targets=capacity)
         self._targets: list[Target] = []  # place -> target; places in use come first
         self._names: list[int] = []  # place -> the number that `add` gave
         self._next_name = 0

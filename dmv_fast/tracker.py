@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,10 +16,9 @@ from dmv_fast import ops
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.model.pick import PickConfig
 from dmv_fast.runtime.frame import FrameStep
-from dmv_fast.runtime.network import FastNetwork, Network, PlainNetwork
+from dmv_fast.runtime.load import load_network, make_frame_step
 from dmv_fast.runtime.precision import fast_dtype
 from dmv_fast.vision.crop import Window, search_window
-from dmv_fast.weights import load_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMALLEST = 2.0  # pixels; a box never shrinks below
@@ -77,7 +74,7 @@ class FastDMVTracker:
         backend: str = "auto", config: TrackerConfig | None = None,
     ):  # fmt: skip
         self.config = TrackerConfig() if config is None else config
-        self._frames = make_frame_step(weights, k, device, dtype, backend, self.config)
+        self._frames = frame_step_for(weights, k, device, dtype, backend, self.config)
         self._target: Target | None = None
 
     # ---- the OpenCV interface ----------------------------------------------------------------------
@@ -183,36 +180,19 @@ class Target:
         return float(cx - w / 2), float(cy - h / 2), float(w), float(h)
 
 
-def make_frame_step(
+def frame_step_for(
     weights: str, k: int | None, device: str, dtype: str, backend: str, config: TrackerConfig,
     targets: int = 1,
 ) -> FrameStep:  # fmt: skip
     """FastDMVTracker's arguments, checked, as what runs a frame; the network is shared."""
     where = _resolve_device(device)
-    network = shared_network(
+    network = load_network(
         str(weights), where, _resolve_dtype(dtype, where), _resolve_backend(backend, where)
     )
     k = network.model.config.candidates if k is None else k
     if not 1 <= k <= 32:
         raise ValueError(f"k is {k}; it must be 1 to 32")
-    return FrameStep(network, k=k, capacity=config.capacity, pick=config.pick, targets=targets)
-
-
-_load_lock = threading.Lock()
-
-
-def shared_network(weights: str, device: torch.device, dtype: torch.dtype, backend: str) -> Network:
-    """The network of a checkpoint, ready to run; one copy for all trackers of a process."""
-    with _load_lock:
-        return _load(weights, device, dtype, backend)
-
-
-@functools.lru_cache(maxsize=8)
-def _load(weights: str, device: torch.device, dtype: torch.dtype, backend: str) -> Network:
-    model = load_model(weights, device=device)
-    if dtype == torch.float32 and backend == "reference":
-        return PlainNetwork(model, backend=backend)
-    return FastNetwork(model, dtype=dtype, device=device, backend=backend)
+    return make_frame_step(network, k=k, capacity=config.capacity, pick=config.pick, targets=targets)
 
 
 def as_bgr(image: np.ndarray) -> np.ndarray:

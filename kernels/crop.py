@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 256
-FIELDS = 8  # of a window: offset, width, height, left, top, side, fill colour, 0
 
 
 @triton.jit
@@ -61,16 +60,16 @@ def _resized(
 @triton.jit
 def crop_kernel(
     bytes_ptr,  # the patches, each (height, width, 3) uint8 BGR
-    windows_ptr,  # (n, FIELDS) int32
+    windows_ptr,  # (n, 7) int32
     mean_ptr,  # (3,) float32 BGR
     out_ptr,  # (n, SIZE, SIZE, 3)
+    window_stride,
     SIZE: tl.constexpr,
-    FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """BLOCK pixels of one crop."""
     crop = tl.program_id(1)
-    windows_ptr += crop * FIELDS
+    windows_ptr += crop * window_stride
     patch_ptr = bytes_ptr + tl.load(windows_ptr)
     width, height = tl.load(windows_ptr + 1), tl.load(windows_ptr + 2)
     left, top = tl.load(windows_ptr + 3), tl.load(windows_ptr + 4)
@@ -92,12 +91,14 @@ def crop(patches: Tensor, windows: Tensor, mean: Tensor, out: Tensor) -> None:
 
     Args:
         patches: uint8, one dimension: what of each window lies in the frame, (height, width, 3) BGR.
-        windows: (n, 8) int32: where in `patches` it begins; its width and height; its left and top corner,
-            counted from the window's; the window's side; the fill colour, B + 256 G + 65536 R; 0.
+        windows: (n, 7 or more) int32: where in `patches` it begins; its width and height; its left and top
+            corner, counted from the window's; the window's side; the fill colour, B + 256 G + 65536 R.
         mean: (3,) float32 BGR, subtracted.
         out: (n, size, size, 3) of any floating dtype, contiguous: written.
     """
     n, size = out.shape[:2]
     with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
         grid = (triton.cdiv(size * size, BLOCK), n)
-        crop_kernel[grid](patches, windows, mean, out, SIZE=size, FIELDS=FIELDS, BLOCK=BLOCK, num_warps=4)
+        crop_kernel[grid](
+            patches, windows, mean, out, windows.stride(0), SIZE=size, BLOCK=BLOCK, num_warps=4
+        )  # fmt: skip

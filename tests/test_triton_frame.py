@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448, 120: 101376}  # bytes a block may have
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    from dmv_fast.kernels.crop import BLOCK, FIELDS, crop_kernel
+    from dmv_fast.kernels.crop import BLOCK, crop_kernel
     from dmv_fast.kernels.vote import vote_constants, vote_kernel, vote_warps
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -49,17 +49,23 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
     @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
     def test_crop_compiles(arch):
-        constants = {"SIZE": 256, "FIELDS": FIELDS, "BLOCK": BLOCK}
+        constants = {"SIZE": 256, "BLOCK": BLOCK}
         types = {"bytes_ptr": "*u8", "windows_ptr": "*i32", "mean_ptr": "*fp32"}
         assert compile_for(crop_kernel, arch, constants, 4, types).metadata.shared <= SHARED_LIMIT[arch]
 
 else:
+    import dmv_fast.kernels.crop as crop_module
     from dmv_fast.kernels.crop import crop
     from dmv_fast.kernels.vote import make_vote
 
+    from dmv_fast.model.dmv import DMV, DMVConfig
+    from dmv_fast.model.pick import PickConfig
     from dmv_fast.model.voting import VotingNet
+    from dmv_fast.runtime import cuda
     from dmv_fast.runtime.fold import fold_vote
-    from dmv_fast.vision.crop import Window, cut, mean_colour
+    from dmv_fast.runtime.frame import FrameStep
+    from dmv_fast.runtime.network import FastNetwork
+    from dmv_fast.vision.crop import Window, cut, mean_colour, search_window
 
     versions = [tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, np)]
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
@@ -115,7 +121,7 @@ else:
         top, bottom = (min(max(y, 0), 60) for y in (window.y0, window.y0 + window.side))
         patch = torch.from_numpy(image[top:bottom, left:right].flatten())
         fill = sum(int(c) << (8 * i) for i, c in enumerate(mean_colour(image).round()))
-        fields = [0, right - left, bottom - top, left - window.x0, top - window.y0, window.side, fill, 0]
+        fields = [0, right - left, bottom - top, left - window.x0, top - window.y0, window.side, fill]
         out, size = torch.empty(2, 32, 32, 3), 32
         mean = torch.tensor([100.0, 110.0, 120.0])
         assert (window.side > size) == shrinks
@@ -123,3 +129,57 @@ else:
         crop(patch if len(patch) else torch.zeros(1, dtype=torch.uint8), windows, mean, out)
         expected = torch.from_numpy(cut(image, window, size).astype(np.float32)) - mean
         assert (out - expected).abs().max() <= most
+
+    @pytest.fixture
+    def no_gpu(monkeypatch):
+        """CudaFrameStep on the CPU: what would be replayed is run again, into the same tensors."""
+
+        def record(work, device):
+            cells = [cell.cell_contents for cell in work.__closure__]
+            step = next(c for c in cells if isinstance(c, cuda.CudaFrameStep))
+            work()
+            static = step._seen
+
+            def replay():
+                with torch.inference_mode():
+                    work()
+                    for old, new in zip(static, step._seen, strict=True):
+                        old.copy_(new)
+
+            return replay
+
+        class Stream:
+            def synchronize(self): ...
+
+        monkeypatch.setattr(cuda, "record", record)
+        monkeypatch.setattr(cuda.torch.cuda, "current_stream", lambda device: Stream())
+        monkeypatch.setattr(crop_module, "BLOCK", 256 * 256)
+
+    def test_cuda_step_is_the_plain_step(no_gpu):
+        """The same boxes and memories: uploads, places and slots find their way."""
+        torch.manual_seed(0)
+        model = DMV(DMVConfig()).eval().requires_grad_(False)
+        network = FastNetwork(model, dtype=torch.float32, device=CPU, backend="reference")
+        rng = np.random.default_rng(0)
+        image, after = (rng.integers(0, 255, (240, 300, 3), dtype=np.uint8) for _ in range(2))
+        boxes = [(60.0, 50.0, 80.0, 70.0), (200.0, 150.0, 90.0, 100.0)]
+        windows = [search_window(box) for box in boxes]  # one inside, one over the edge; both shrink
+        sizes = np.array([w.to_crop(b)[2:] for w, b in zip(windows, boxes, strict=True)])
+        steps = [
+            kind(network, k=2, capacity=3, pick=PickConfig(), targets=2)
+            for kind in (FrameStep, cuda.CudaFrameStep)
+        ]
+        answers = []
+        for step in steps:
+            for place, box in enumerate(boxes):
+                step.start(place, image, windows[place], box)
+            first = step.step(after, windows, sizes)
+            assert step.write(1, 1) and step.write(0, 1) and step.write(1, 2)
+            answers.append(np.concatenate([first, step.step(image, windows, sizes)]))
+        np.testing.assert_allclose(answers[1], answers[0], atol=1e-3)
+        plain, cuda_memory = (step.memory for step in steps)
+        assert plain.valid.tolist() == cuda_memory.valid.tolist() == [512, 768]
+        torch.testing.assert_close(cuda_memory.keys, plain.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(cuda_memory.values, plain.values, atol=1e-4, rtol=1e-4)
+        other = steps[1].clone()
+        assert other._inbox.data_ptr() != steps[1]._inbox.data_ptr() and not other._recorded

@@ -25,7 +25,7 @@ from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.multi import MultiTracker
 from dmv_fast.runtime.frame import FrameStep
-from dmv_fast.tracker import FastDMVTracker, TrackerConfig, make_frame_step
+from dmv_fast.tracker import FastDMVTracker, TrackerConfig, frame_step_for
 from dmv_fast.vision.crop import search_window
 from dmv_fast.weights import save_model
 
@@ -241,7 +241,7 @@ class Bench:
     def frame_step(self, s: Setting) -> FrameStep:
         """What runs a frame of that setting, its memory full."""
         config = TrackerConfig(s.memory)
-        step = make_frame_step(self._weights(s), s.k, s.device, s.dtype, s.backend, config)
+        step = frame_step_for(self._weights(s), s.k, s.device, s.dtype, s.backend, config)
         window = search_window(self.clip.box)
         step.start(0, self.clip.frames[0], window, self.clip.box)
         for i in range(1, s.memory):

@@ -12,50 +12,59 @@ from dmv_fast.runtime.network import Network
 
 
 class Ring:
-    """`targets` memory banks of `capacity` frames behind each other; each is a MemoryBank over its part.
+    """keys (targets, T * M, D) and values (targets, T * M, value_width), allocated once.
 
-    keys (targets, T * M, D) and values (targets, T * M, value_width), allocated once.
+    valid (targets,) int32 on the device: how many leading rows of each exist. Which slot is written next is
+    MemoryBank's to say: `banks` are such without storage.
     """
 
     def __init__(self, network: Network, targets: int, capacity: int):
         model, where = network.model, {"device": network.device, "dtype": network.dtype}
+        self.locations = model.locations
         shape = (capacity, model.locations, model.config.key_dim, network.value_width)
         rows = capacity * model.locations
         self.keys = torch.zeros(targets, rows, shape[2], **where)
         self.values = torch.zeros(targets, rows, shape[3], **where)
         self.valid = torch.zeros(targets, dtype=torch.int32, device=network.device)
         self.banks = [MemoryBank(1, *shape, device="meta") for _ in range(targets)]
-        self._attach()
-
-    def _attach(self) -> None:
-        for i, bank in enumerate(self.banks):
-            bank.keys, bank.values = self.keys[i : i + 1], self.values[i : i + 1]
 
     def clear(self, target: int) -> None:
         """Forget what is remembered of a target."""
         self.banks[target].clear()
         self.valid[target] = 0
 
+    def claim(self, target: int, frame: int) -> int | None:
+        """The slot that a frame is now to be written to; None where the memory refuses it."""
+        bank = self.banks[target]
+        nothing = torch.empty((), device="meta")
+        return bank.write(nothing, nothing, frame)
+
     def write(self, target: int, keys: Tensor, values: Tensor, frame: int) -> bool:
-        """Store one frame, keys (1, M, D), values (1, M, value_width); False where the bank refuses it."""
-        slot = self.banks[target].write(keys, values, frame)
+        """Store one frame, keys (1, M, D), values (1, M, value_width); False where the memory refuses it."""
+        slot = self.claim(target, frame)
+        if slot is None:
+            return False
+        rows = slice(slot * self.locations, (slot + 1) * self.locations)
+        self.keys[target, rows] = keys[0]
+        self.values[target, rows] = values[0]
         self.valid[target] = self.banks[target].valid
-        return slot is not None
+        return True
 
     def move(self, source: int, target: int) -> None:
         """Put one target's memory in another's place; the source's stays as it is."""
         for storage in (self.keys, self.values, self.valid):
             storage[target] = storage[source]
-        self.banks[target] = copy.copy(self.banks[source])
-        self.banks[target].frames = list(self.banks[source].frames)
-        self._attach()
+        self.banks[target] = _copied(self.banks[source])
 
     def clone(self) -> Ring:
         """An independent copy."""
         other = copy.copy(self)
         other.keys, other.values, other.valid = self.keys.clone(), self.values.clone(), self.valid.clone()
-        other.banks = [copy.copy(bank) for bank in self.banks]
-        for bank in other.banks:
-            bank.frames = list(bank.frames)
-        other._attach()
+        other.banks = [_copied(bank) for bank in self.banks]
         return other
+
+
+def _copied(bank: MemoryBank) -> MemoryBank:
+    other = copy.copy(bank)
+    other.frames = list(bank.frames)
+    return other

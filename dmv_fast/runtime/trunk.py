@@ -75,7 +75,12 @@ class Trunk:
         return x
 
     def pixels(self, crops: Tensor) -> Tensor:
-        """uint8 BGR (B, S, S, 3) -> pixel - mean (B, 3, S, S), channels-last; the rest is in conv1."""
+        """uint8 BGR (B, S, S, 3) -> pixel - mean (B, 3, S, S), channels-last; the rest is in conv1.
+
+        Crops of the network's dtype are pixel - mean already (kernels/crop.py).
+        """
+        if crops.dtype == self._dtype:
+            return crops.permute(0, 3, 1, 2)
         return (crops - self._mean).to(self._dtype).permute(0, 3, 1, 2)
 
 

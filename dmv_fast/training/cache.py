@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dmv_fast.model.dmv import DMV
@@ -42,16 +43,20 @@ class FeatureCache:
         self.boxes = np.memmap(folder / "boxes.f32", np.float32, mode, shape=(samples, frames, 4))
 
     def fill(
-        self, model: DMV, stream: SampleStream, *, precision: torch.dtype, progress: bool = True
-    ) -> None:
-        """Compute what is missing. One sample of the stream gives one row."""
+        self, model: DMV, stream: SampleStream, *, precision: torch.dtype, workers: int = 1,
+        progress: bool = True,
+    ) -> None:  # fmt: skip
+        """Compute what is missing. One sample of the stream gives one row; `workers` processes make them."""
+        missing = range(self.filled, self.shape[0])
+        samples = DataLoader(
+            stream, batch_size=None, sampler=missing, num_workers=workers if missing else 0
+        )
         rows = tqdm(
-            range(self.filled, self.shape[0]), initial=self.filled, total=self.shape[0], desc="features",
+            zip(missing, samples, strict=True), initial=self.filled, total=self.shape[0], desc="features",
             disable=not progress, mininterval=2.0,
         )  # fmt: skip
         device = model.read.null_value.device
-        for row in rows:
-            sample = stream[row]
+        for row, sample in rows:
             crops = normalise(torch.from_numpy(sample.crops).to(device)).contiguous(
                 memory_format=torch.channels_last
             )
