@@ -1,8 +1,9 @@
 """The scan of the memory: x = q k^T on the tensor cores, a tile of keys at a time (paper section 3.2).
 
 Of a tile only three things are kept for each query:
-    g_c = max of x over group c of its keys,    t = max of x,    s = sum of 2^((x - t) log2 e).
-``select.py`` turns them into the top k and the softmax's denominator 1 + sum over tiles of s e^t.
+    g_c = max of x over group c of its keys,    t = max of x,    s = sum of 2^(x log2 e - h),
+where h is t log2 e rounded to float32. ``select.py`` turns them into the top k and the softmax's denominator
+1 + sum over tiles of s 2^h.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ def _fold_tile(x, tile, row_ok, group_max_ptrs, tile_max_ptrs, tile_sum_ptrs, GR
     # Group c holds columns c, c + GROUPS, c + 2 GROUPS ..: they share a thread in every matrix unit's layout.
     group_max = tl.max(tl.reshape(x, [x.shape[0], GROUP, GROUPS]), 1)
     top = tl.max(group_max, 1)
-    # One multiply-add and one exp2 a score; the product's rounding is put right a row at a time.
-    shift = top * LOG2E
-    total = tl.sum(tl.exp2(tl.fma(x, LOG2E, -shift[:, None])), 1)
-    total *= tl.exp2(-tl.fma(top, LOG2E, -shift))
+    # One multiply-add and one exp2 a score; what h's rounding took is put right in select, not in this loop.
+    total = tl.sum(tl.exp2(tl.fma(x, LOG2E, -(top * LOG2E)[:, None])), 1)
     tl.store(group_max_ptrs + tile * GROUPS, group_max, mask=row_ok[:, None])
     tl.store(tile_max_ptrs + tile, top, mask=row_ok)
     tl.store(tile_sum_ptrs + tile, total, mask=row_ok)

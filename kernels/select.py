@@ -5,7 +5,7 @@ has at least k keys no lower than itself. So: k tiles by t, k groups of these by
 those once more, k of them. Logits within rounding of each other count as tied (the two kernels sum in
 different orders).
 
-    score = e^x / (1 + sum over tiles of s e^t);   the null column takes part with logit 0 and index -1.
+    score = e^x / (1 + sum over tiles of s 2^h);   the null column takes part with logit 0 and index -1.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def select_kernel(
     tile_max = tl.load(tile_max_ptr + row_tiles + tile_ids, mask=filled, other=float("-inf"))
     tile_sum = tl.load(tile_sum_ptr + row_tiles + tile_ids, mask=filled, other=0.0)
     under = (tile_max - tl.max(tile_max, 1)[:, None]) * LOG2E
+    under -= tl.fma(tile_max, LOG2E, -(tile_max * LOG2E))  # s is relative to 2^h, not to e^t
     keys_sum = tl.sum(tl.where(filled, tile_sum * tl.exp2(under), 0.0), 1)[:, None]
     _, tile = _highest(_ordered(tile_max), tile_ids, K, SLOTS)
 
@@ -155,7 +156,8 @@ def select_constants(d: int, k: int, count: int, tiles: Tiles, has_valid: bool) 
     """What ``select_kernel`` is compiled for; count: tiles in the memory.
 
     One warp a query, since every reduction then is one instruction without a barrier: so at most 256 groups
-    are compared at a time, 8 a lane, 1024 products held, 32 a lane, and 4096 or 8192 numbers loaded ahead.
+    are compared at a time, 8 a lane, 1024 products held, 32 a lane, and 8192 numbers at most loaded ahead (64
+    keys by 64 spill on 10.0 with Triton 3.6).
     """
     slots, groups = padded(k), tiles.columns // tiles.group
     candidates = slots * tiles.group
@@ -170,7 +172,7 @@ def select_constants(d: int, k: int, count: int, tiles: Tiles, has_valid: bool) 
         "GROUP": tiles.group,
         "FOLD": max(1, slots * groups // 256),
         "DEPTH": depth,
-        "SLAB": max(depth, min(padded(d), (8192 if candidates <= 32 else 4096) // candidates)),
+        "SLAB": max(depth, min(padded(d), 256 if candidates <= 32 else 32)),
         "HAS_VALID": has_valid,
     }
 

@@ -43,7 +43,7 @@ def choose_tiles(
     128 x 128 where 256 would leave multiprocessors idle.
     mma.sync (8.x, 12.x): the query stays resident, 4 warps side by side along the rows so that no reduction
     crosses warps: 14 instructions a score at D = 256, where streaming both took 20. Above 256 it does not fit
-    and both come in halves. 64 columns at D = 128 spill.
+    and both come in slices of 128 (of 256: as many instructions, and spills). 64 columns at D = 128 spill.
     float32 has no tensor cores here (TF32 would not be exact): small tiles, right but slow.
     group: the maxima cost 4 N / group bytes a query to write, rescoring reads 2 K group D bytes; the best
     is near sqrt(2 N / (K D)), 8 for K = 4 and 3 for K = 32 at N = 32768, D = 256.
@@ -56,7 +56,7 @@ def choose_tiles(
         wide = batch * -(-m // rows) * -(-n // 256)
         columns = 256 if wide >= 2 * processors else 128
     else:
-        depth, warps, stages = min(max(padded(d), 16), 256), 4, 2
+        depth, warps, stages = min(max(padded(d), 16), 256) if d <= 256 else 128, 4, 2
         rows, columns = (128, 64 if d <= 64 else 32) if d <= 256 else (64, 64)
         group = min(group, columns // 8)  # its keys share a thread while they are 8 columns apart or more
         shared = (rows + columns) * depth * element_size
