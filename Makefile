@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+GPU_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,12 +14,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIN := $(if $(TORCH),torch==$(TORCH),-c constraints.txt)
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench gpu clean
 
 help:
 	@echo 'make demo   track a target in a real clip: annotated video, boxes and a contact sheet in demo_out/'
 	@echo 'make test   the whole test suite'
 	@echo 'make lint   ruff'
+	@echo 'make bench  time everything on this processor, about ten minutes: benchmarks/results/'
+	@echo 'make gpu    on a machine with an NVIDIA GPU, tests and timings there, 9 minutes: benchmarks/results/'
 	@echo 'make clean  remove .venv and everything built'
 
 demo: $(STAMP)
@@ -28,6 +32,15 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+
+# FAISS is only a rival in a table: where it is not to be had, it is left out.
+bench: $(STAMP)
+	-$(PIP) install $(PIN) faiss-cpu
+	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+
+# Without .venv and without network: PYTHON is one that has PyTorch with CUDA, and dmv_fast is built into it.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist demo_out *.egg-info dmv_fast/_build.json dmv_fast/_C.*

@@ -10,13 +10,15 @@ What is compared, all on the same bfloat16 numbers (FAISS and KeOps on their flo
     product+topk    the product and topk of it, without the softmax
     compiled        `plain` under torch.compile
     faiss, keops    knn and argKmin, where installed; no softmax
-On a GPU times are CUDA events around one call, once with the L2 cache warm and once flushed before each call.
+On a GPU "triton" and "cuda" are the two backends, and a time is a CUDA graph's of many calls over their
+number: once on the same inputs (L2 warm), once on inputs in turns that do not fit into L2 together.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import os
 import platform
@@ -32,13 +34,17 @@ import torch
 from torch import Tensor
 
 from dmv_fast import ops
+from dmv_fast.ops.backends import fastest_backend
 
 SIZES = ((256, 8192), (256, 256), (1024, 32768))
 KS = (1, 2, 4, 8, 16, 32)
+GPU_SIZES, GPU_KS = ((256, 8192), (1024, 32768), (256, 256)), (4, 32, 1, 8, 2, 16)  # what matters most first
 DEPTH = 256
 BURST_S = 0.03
 PAUSE_S = 0.02
 SLOWEST_S = 0.5  # what takes longer than this is timed once
+GRAPH_CALLS = 32  # calls of one CUDA graph
+COLD_BYTES = 256 << 20  # of all the inputs that a cold graph reads
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("m", "n", "d", "k", "what", "cache", "calls", "median_ms", "min_ms", "over_product", "tflops")
 
@@ -47,6 +53,11 @@ def plain(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     logits = (query @ keys.mT).float()
     scores = torch.softmax(torch.cat([logits.new_zeros(len(query), 1), logits], dim=1), dim=1)
     return scores.topk(k)
+
+
+@functools.cache
+def compiled_plain() -> Callable[..., object]:
+    return torch.compile(plain)
 
 
 def faiss_knn(query: Tensor, keys: Tensor, k: int) -> Callable[[], object]:
@@ -79,11 +90,14 @@ def contenders(query: Tensor, keys: Tensor, k: int, peers: bool) -> dict[str, Ca
         "plain": lambda: plain(query, keys, k),
         "product+topk": lambda: (query @ keys.mT).topk(k),
     }
+    if query.is_cuda:
+        for name in ("triton", "cuda"):
+            if ops.available_backends("cuda")[name] is None:
+                calls[name] = functools.partial(ops.retrieve, query[None], keys[None], k, backend=name)
     if not peers:
         return calls
-    compiled = torch.compile(plain)
     makers = {
-        "compiled": lambda: lambda: compiled(query, keys, k),
+        "compiled": lambda: lambda: compiled_plain()(query, keys, k),
         "faiss": lambda: faiss_knn(query, keys, k),
         "keops": lambda: keops_argkmin(query, keys, k),
     }
@@ -104,24 +118,49 @@ def seconds_on_cpu(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def seconds_on_gpu(call: Callable[[], object], flush: Tensor | None) -> float:
-    if flush is not None:
-        flush.zero_()
+def seconds_on_gpu(replay: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    call()
+    replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / GRAPH_CALLS
 
 
-def measure(
-    calls: dict[str, Callable[[], object]], rounds: int, device: str, cold: bool
-) -> dict[str, list[float]]:
+def graph(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    """GRAPH_CALLS calls, in turns, as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured, stream=stream):
+        for i in range(GRAPH_CALLS):
+            calls[i % len(calls)]()
+    return captured.replay
+
+
+def graphs(m: int, n: int, k: int, cold: bool, peers: bool) -> dict[str, Callable[[], object]]:
+    """name -> what replays a contender on a GPU; one that cannot be captured says so and stays out."""
+    query, keys = pair(m, n, "cuda")
+    copies = max(1, min(GRAPH_CALLS, COLD_BYTES // keys.nbytes)) if cold else 1
+    sets = [contenders(query.clone(), keys.clone(), k, peers) for _ in range(copies)]
+    replays = {}
+    for name in sets[0]:
+        try:
+            replays[name] = graph([calls[name] for calls in sets])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:90]
+            print(f"  {name}: left out, not captured ({reason})", flush=True)
+    return replays
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each call, in turns of short bursts: what else the machine does meets them all, while none
     is timed right behind another one's freed memory and still spinning threads."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if cold else None
-    clock = seconds_on_cpu if device == "cpu" else lambda call: seconds_on_gpu(call, flush)
+    clock = seconds_on_cpu if device == "cpu" else seconds_on_gpu
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -181,7 +220,7 @@ def machine(device: str) -> dict[str, object]:
         facts["commit"] = "unknown"
     if device == "cuda":
         facts["device"] = torch.cuda.get_device_name()
-        facts["backend"] = next(n for n in ("cuda", "triton") if ops.available_backends("cuda")[n] is None)
+        facts["backend"] = fastest_backend("cuda")
         return facts
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     isas = torch.ops.dmv_fast.cpu_isas() if ops.available_backends("cpu")["cpu"] is None else "reference"
@@ -191,9 +230,10 @@ def machine(device: str) -> dict[str, object]:
 
 
 def folder_of(facts: dict[str, object]) -> str:
-    parts = str(facts["device"]), str(facts["backend"])
+    gpu = facts["backend"] in ("triton", "cuda")
+    parts = [str(facts["device"])] if gpu else [str(facts["device"]), str(facts["backend"])]
     name = re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower().replace("(r)", " ")).strip("-")
-    return name if "cuda" in name or "triton" in name else f"{name}-{facts['threads']}-threads"
+    return name if gpu else f"{name}-{facts['threads']}-threads"
 
 
 def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
@@ -207,7 +247,7 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
     for axis, (m, n, cache) in zip(axes[0], sizes, strict=True):
         here = [row for row in rows if (row["m"], row["n"], row["cache"]) == (m, n, cache)]
         for name in dict.fromkeys(row["what"] for row in here):
-            line = [(row["k"], row["median_ms"]) for row in here if row["what"] == name]
+            line = sorted((row["k"], row["median_ms"]) for row in here if row["what"] == name)
             axis.plot(*zip(*line, strict=True), marker="o", linewidth=3 if name == "ours" else 1, label=name)
         axis.set(xscale="log", yscale="log", xlabel="K", ylabel="median ms")
         axis.set_title(f"{m} x {n} x {DEPTH}, {cache}")
@@ -252,6 +292,15 @@ def peak_memory() -> None:
             )  # fmt: skip
 
 
+def save(rows: list[dict[str, object]], facts: dict[str, object], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "retrieve.json").write_text(json.dumps(facts, indent=1) + "\n")
+    with open(folder / "retrieve.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
@@ -271,24 +320,23 @@ def main() -> None:
     facts = machine(options.device)
     print(json.dumps(facts))
     rows: list[dict[str, object]] = []
-    caches = ("warm", "cold") if options.device == "cuda" else ("warm",)
-    for m, n in SIZES[:1] if options.quick else SIZES:
-        query, keys = pair(m, n, options.device)
-        for k in (4, 32) if options.quick else KS:
-            calls = contenders(query, keys, k, not options.no_peers)
-            for cache in caches:
-                times = measure(calls, options.rounds, options.device, cache == "cold")
+    gpu = options.device == "cuda"
+    folder = options.output / folder_of(facts)
+    for m, n in (GPU_SIZES if gpu else SIZES)[: 1 if options.quick else None]:
+        for k in (4, 32) if options.quick else GPU_KS if gpu else KS:
+            peers = not options.no_peers and (k == 4 or not gpu)  # compiling for each K would take minutes
+            for cache in ("warm", "cold") if gpu else ("warm",):
+                if gpu:
+                    calls = graphs(m, n, k, cache == "cold", peers)
+                else:
+                    calls = contenders(*pair(m, n, options.device), k, peers)
+                times = measure(calls, options.rounds, options.device)
                 rows += rows_of(m, n, k, cache, times)
                 show(rows[-len(times) :])
+            if not options.quick:  # as it comes, so that what was measured is not lost
+                save(rows, facts, folder)
     if options.quick:
         return None
-    folder = options.output / folder_of(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "retrieve.json").write_text(json.dumps(facts, indent=1) + "\n")
-    with open(folder / "retrieve.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
     draw(rows, folder / "retrieve.png", f"{facts['device']}, {facts['backend']}, {facts['threads']} threads")
     print(f"written to {folder}")
     return None

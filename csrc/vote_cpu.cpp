@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace dmv_fast {
 namespace {
@@ -13,11 +14,15 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The best that runs here, up to what DMV_FAST_CPU_ISA names. Not chosen_isa(): an Intel processor without tiles
+// prefers avx512 for the retrieval, which has no vote, while its bfloat16 instructions, slow as they are there, still
+// beat PyTorch's many small products.
 VoteLocations vote_kernel() {
 #ifdef DMV_X86
-  const Isa isa = chosen_isa();
-  if (isa == Isa::amx) return vote_amx();
-  if (isa == Isa::avx512_bf16) return vote_avx512_bf16();
+  const char* wanted = std::getenv("DMV_FAST_CPU_ISA");
+  const Isa limit = wanted && *wanted ? chosen_isa() : Isa::amx;
+  if (limit >= Isa::amx && runs_here(Isa::amx)) return vote_amx();
+  if (limit >= Isa::avx512_bf16 && runs_here(Isa::avx512_bf16)) return vote_avx512_bf16();
 #endif
   return nullptr;
 }

@@ -17,9 +17,14 @@ from collections.abc import Sequence
 _COMMANDS = {
     "track": ("dmv_fast.commands.track", "follow one target through a video, images or a camera"),
     "doctor": ("dmv_fast.commands.doctor", "say what works on this machine, and why the rest does not"),
+    "preview": ("dmv_fast.commands.preview", "show the samples that a recipe trains on"),
     "train": ("dmv_fast.training.loop", "train a network by a recipe"),
     "eval": ("dmv_fast.evaluation.runner", "measure a tracker on a dataset"),
+    "calibration": ("dmv_fast.evaluation.calibration", "compare an evaluation's scores with its overlaps"),
     "bench": ("dmv_fast.commands.bench", "time a frame on this machine"),
+    "report": ("dmv_fast.commands.report", "an evaluation or a benchmark as one HTML page"),
+    "annotate": ("dmv_fast.commands.annotate", "follow a target in each of many videos"),
+    "export": ("dmv_fast.commands.export", "write the network as ONNX graphs"),
 }
 
 

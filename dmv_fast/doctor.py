@@ -117,9 +117,10 @@ def _backends(device_type: str) -> list[str]:
 
 
 def _weights() -> list[str]:
-    from dmv_fast.weights import FOLDER, known
+    from dmv_fast.weights import cache_folder, known
 
-    return [*known()] or [f"none in {FOLDER}"]
+    absent = f"not here; it belongs in {cache_folder()}"
+    return [f"{name}: {path or absent}" for name, path in known().items()] or ["none"]
 
 
 if __name__ == "__main__":

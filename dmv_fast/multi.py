@@ -48,7 +48,7 @@ class MultiTracker:
         if self._targets:
             self._targets[0].check_size(image)
         target = Target(box, image)
-        self._frames.start(len(self._targets), image, target.look()[0], box)
+        self._frames.start(len(self._targets), image, target.look(self.config)[0], box)
         self._targets.append(target)
         self._names.append(self._next_name)
         self._next_name += 1
@@ -74,7 +74,7 @@ class MultiTracker:
         if not self._targets:
             return {}
         self._targets[0].check_size(image)
-        windows, sizes = zip(*(target.look() for target in self._targets), strict=True)
+        windows, sizes = zip(*(target.look(self.config) for target in self._targets), strict=True)
         answers = self._frames.step(image, windows, np.array(sizes))
         results = {}
         for place, name in enumerate(self._names):

@@ -35,7 +35,16 @@ class TrackerConfig:
     pick: PickConfig = field(default_factory=PickConfig)
     """How the box is chosen."""
     found_score: float = 0.25
-    """Below this centre score the target counts as not found; the box then stays where it was."""
+    """Below this centre score the target is lost: the box stays where it was and nothing is remembered."""
+    refound_score: float = 0.5
+    """The centre score at which a lost target is found again."""
+    search_growth: float = 1.05
+    """How much wider the search window gets with each frame in which the target is lost ..."""
+    search_most: float = 1.25
+    """... up to this many times its width. In a wider one the target is smaller, and is found less often."""
+    search_rings: int = 1
+    """Every second frame of a loss looks beside the last place, at windows that are half a window's width
+    apart: at 1 the eight around it, at 2 also the sixteen around these; at 0 at none."""
 
 
 class TrackResult(NamedTuple):
@@ -46,7 +55,7 @@ class TrackResult(NamedTuple):
     score: float
     """Centre probability of the chosen box, 0 to 1."""
     found: bool
-    """False: the score is under `TrackerConfig.found_score` and `box` is the last one found."""
+    """False: the target is lost, `box` is the last one found, and the search goes on around it."""
     memory_written: bool
 
 
@@ -117,7 +126,7 @@ class FastDMVTracker:
             raise RuntimeError("track before init: call init(image, box) on the first frame")
         image = as_bgr(image)
         self._target.check_size(image)
-        window, size = self._target.look()
+        window, size = self._target.look(self.config)
         (answer,) = self._frames.step(image, [window], np.array([size]))
         return self._target.settle(window, answer, self.config, lambda frame: self._frames.write(0, frame))
 
@@ -140,10 +149,12 @@ class Target:
         self.score = 1.0
         self._size = (image.shape[1], image.shape[0])
         self._frame = self._last_written = 0
+        self._lost = 0  # frames since it was last found
+        self._scale = 1.0  # how much wider than usual the search is
 
-    def look(self) -> tuple[Window, np.ndarray]:
+    def look(self, config: TrackerConfig) -> tuple[Window, np.ndarray]:
         """The search window, and the target's last width and height in it (2,), in crop pixels."""
-        window = search_window(self.box)
+        window = search_window(self._guess(config.search_rings), scale=self._scale)
         return window, window.to_crop(self.box)[2:]
 
     def settle(
@@ -152,14 +163,35 @@ class Target:
         """Take a frame's answer (5,): box xywh in crop pixels, score. write: remembers it by its number."""
         self._frame += 1
         self.score = float(answer[4])
-        found = self.score >= config.found_score
+        found = self.score >= (config.refound_score if self._lost else config.found_score)
+        self._lost = 0 if found else self._lost + 1
+        self._scale = 1.0 if found else min(self._scale * config.search_growth, config.search_most)
+        written = False
         if found:
             self.box = self._keep_in_frame(window.to_frame(answer[:4]))
-        written = False
-        if config.policy.wants(self._frame, self._last_written, self.score):
-            written = write(self._frame)
-            self._last_written = self._frame
+            if config.policy.wants(self._frame, self._last_written, self.score):
+                written = write(self._frame)
+                self._last_written = self._frame
         return TrackResult(self.box, self.score, found, written)
+
+    def _guess(self, rings: int) -> tuple[float, float, float, float]:
+        """The box to look around: the last one; every second frame of a loss one beside it, nearest first."""
+        turn, beside = divmod(max(self._lost - 1, 0), 2)
+        if not beside or not (places := self._beside(rings)):
+            return self.box
+        x, y, w, h = self.box
+        dx, dy = places[turn % len(places)]
+        return x + dx, y + dy, w, h
+
+    def _beside(self, rings: int) -> list[tuple[float, float]]:
+        """Offsets of the places around the last one whose centres are in the frame, ring by ring."""
+        x, y, w, h = self.box
+        step = search_window(self.box).side / 2
+        steps = range(-rings, rings + 1)
+        places = [(i * step, j * step) for j in steps for i in steps if i or j]
+        places.sort(key=lambda at: (max(map(abs, at)), abs(at[0]) + abs(at[1])))
+        (width, height), (cx, cy) = self._size, (x + w / 2, y + h / 2)
+        return [(dx, dy) for dx, dy in places if 0 <= cx + dx <= width and 0 <= cy + dy <= height]
 
     def check_size(self, image: np.ndarray) -> None:
         """ValueError unless the image has the size of the frame in which the target was chosen."""

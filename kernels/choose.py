@@ -140,11 +140,11 @@ def choose(
     """
     n, a, height, width = logits.shape
     assert logits.stride(2) == width * logits.stride(3) and deltas.stride(3) == width * deltas.stride(4)
-    strides = (*logits.stride()[:2], logits.stride(3), *deltas.stride()[:3], deltas.stride(4), sizes.stride(0))
+    strides = (*logits.stride()[:2], logits.stride(3), *deltas.stride()[:3], deltas.stride(4))
     constants = choose_constants(a, height * width)
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
         choose_kernel[(n,)](
             logits, deltas, anchors, window[0].contiguous(), sizes, answer, scores, deltas_out, *strides,
-            float(config.size_penalty), float(config.window), float(config.smoothing),
+            sizes.stride(0), float(config.size_penalty), float(config.window), float(config.smoothing),
             **constants, num_warps=choose_warps(constants),
         )  # fmt: skip

@@ -28,10 +28,9 @@ def _weight(position, start, scale, SHRINK: tl.constexpr):
 
 @triton.jit
 def _resized(
-    patch_ptr, oy, ox, width, height, left, top, side, fill, channel: tl.constexpr,
-    SIZE: tl.constexpr, SHRINK: tl.constexpr,
-):  # fmt: skip
-    """One channel of a block of output pixels, float32."""
+    patch_ptr, oy, ox, width, height, left, top, side, fill, SIZE: tl.constexpr, SHRINK: tl.constexpr
+):
+    """Blue, green and red of a block of output pixels, float32; their loads are in flight together."""
     scale = side.to(tl.float32) / SIZE
     if SHRINK:
         y, x = oy * scale, ox * scale
@@ -42,8 +41,10 @@ def _resized(
         taps = 2
         total = 1.0
     first_y, first_x = tl.floor(y).to(tl.int32), tl.floor(x).to(tl.int32)
-    colour = tl.zeros_like(y)
-    outside = ((fill >> (8 * channel)) & 255).to(tl.float32)
+    blue, green, red = tl.zeros_like(y), tl.zeros_like(y), tl.zeros_like(y)
+    fill_blue = (fill & 255).to(tl.float32)
+    fill_green = ((fill >> 8) & 255).to(tl.float32)
+    fill_red = ((fill >> 16) & 255).to(tl.float32)
     for j in range(taps):
         share_y = tl.maximum(_weight((first_y + j).to(tl.float32), y, scale, SHRINK), 0.0)
         row = tl.minimum(tl.maximum(first_y + j, 0), side - 1) - top
@@ -51,10 +52,14 @@ def _resized(
             share = share_y * tl.maximum(_weight((first_x + i).to(tl.float32), x, scale, SHRINK), 0.0)
             column = tl.minimum(tl.maximum(first_x + i, 0), side - 1) - left
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            place = (row * width + column) * 3 + channel
-            value = tl.load(patch_ptr + place, mask=inside, other=0).to(tl.float32)
-            colour += share * tl.where(inside, value, outside)
-    return tl.floor(colour / total + 0.5)
+            place = patch_ptr + (row * width + column) * 3
+            b = tl.load(place, mask=inside, other=0).to(tl.float32)
+            g = tl.load(place + 1, mask=inside, other=0).to(tl.float32)
+            r = tl.load(place + 2, mask=inside, other=0).to(tl.float32)
+            blue += share * tl.where(inside, b, fill_blue)
+            green += share * tl.where(inside, g, fill_green)
+            red += share * tl.where(inside, r, fill_red)
+    return tl.floor(blue / total + 0.5), tl.floor(green / total + 0.5), tl.floor(red / total + 0.5)
 
 
 @triton.jit
@@ -62,9 +67,10 @@ def crop_kernel(
     bytes_ptr,  # the patches, each (height, width, 3) uint8 BGR
     windows_ptr,  # (n, 7) int32
     mean_ptr,  # (3,) float32 BGR
-    out_ptr,  # (n, SIZE, SIZE, 3)
+    out_ptr,  # (n, SIZE, SIZE, CHANNELS)
     window_stride,
     SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """BLOCK pixels of one crop."""
@@ -76,14 +82,15 @@ def crop_kernel(
     side, fill = tl.load(windows_ptr + 5), tl.load(windows_ptr + 6)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     oy, ox = (pixel // SIZE).to(tl.float32), (pixel % SIZE).to(tl.float32)
-    to_ptrs = out_ptr + (crop.to(tl.int64) * SIZE * SIZE + pixel) * 3
-    for channel in tl.static_range(3):
-        if side > SIZE:
-            colour = _resized(patch_ptr, oy, ox, width, height, left, top, side, fill, channel, SIZE, True)
-        else:
-            colour = _resized(patch_ptr, oy, ox, width, height, left, top, side, fill, channel, SIZE, False)
-        colour -= tl.load(mean_ptr + channel)
-        tl.store(to_ptrs + channel, colour.to(out_ptr.dtype.element_ty), mask=pixel < SIZE * SIZE)
+    to_ptrs = out_ptr + (crop.to(tl.int64) * SIZE * SIZE + pixel) * CHANNELS
+    if side > SIZE:
+        b, g, r = _resized(patch_ptr, oy, ox, width, height, left, top, side, fill, SIZE, True)
+    else:
+        b, g, r = _resized(patch_ptr, oy, ox, width, height, left, top, side, fill, SIZE, False)
+    ok = pixel < SIZE * SIZE
+    tl.store(to_ptrs, (b - tl.load(mean_ptr)).to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(to_ptrs + 1, (g - tl.load(mean_ptr + 1)).to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(to_ptrs + 2, (r - tl.load(mean_ptr + 2)).to(out_ptr.dtype.element_ty), mask=ok)
 
 
 def crop(patches: Tensor, windows: Tensor, mean: Tensor, out: Tensor) -> None:
@@ -94,11 +101,12 @@ def crop(patches: Tensor, windows: Tensor, mean: Tensor, out: Tensor) -> None:
         windows: (n, 7 or more) int32: where in `patches` it begins; its width and height; its left and top
             corner, counted from the window's; the window's side; the fill colour, B + 256 G + 65536 R.
         mean: (3,) float32 BGR, subtracted.
-        out: (n, size, size, 3) of any floating dtype, contiguous: written.
+        out: (n, size, size, 3 or more) of any floating dtype, contiguous: the first 3 channels are written.
     """
-    n, size = out.shape[:2]
+    n, size, _, channels = out.shape
     with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
         grid = (triton.cdiv(size * size, BLOCK), n)
         crop_kernel[grid](
-            patches, windows, mean, out, windows.stride(0), SIZE=size, BLOCK=BLOCK, num_warps=4
+            patches, windows, mean, out, windows.stride(0),
+            SIZE=size, CHANNELS=channels, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
     join:         out = ([left, right] + bias) / sqrt(mean of its squares + eps)      (paper section 3.1)
     with_length:  out = x * length / |x|                                              (cosine similarity)
-    project:      out = (x / sqrt(mean(x^2) + eps)) W^T + b                           (a layer norm and its map)
+    project:      out = (x / sqrt(mean(x^2) + eps)) W^T + b                           (layer norm and map)
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _row_stride(rows: Tensor) -> int:
     stride = rows.stride(-2)
     for axis in range(rows.dim() - 2):
         if rows.shape[axis] > 1 and rows.stride(axis) != rows.stride(axis + 1) * rows.shape[axis + 1]:
-            raise ValueError(f"rows: have shape {tuple(rows.shape)} and strides {rows.stride()}, not evenly spaced")
+            raise ValueError(f"rows: have strides {rows.stride()}, they should be evenly spaced")
     if rows.stride(-1) != 1:
         raise ValueError(f"rows: have strides {rows.stride()}, the last should be 1")
     return stride

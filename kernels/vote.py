@@ -35,7 +35,8 @@ def vote_kernel(
     mix_bias_ptr,  # (C,) float32
     out_ptr,  # (V, C)
     out_bias_ptr,  # (V,) float32
-    retrieved_ptr,  # (locations, V)
+    retrieved_ptr,  # (locations, V), rows of any stride
+    retrieved_stride,
     locations,
     epsilon,
     K: tl.constexpr,
@@ -85,7 +86,7 @@ def vote_kernel(
         voted = tl.where((slot < K)[:, None], voted, -float("inf"))
         best = tl.max(tl.reshape(voted, (GROUP, SLOTS, COLUMNS)), 1)
         best += tl.load(out_bias_ptr + first + column)[None, :]
-        to_ptrs = retrieved_ptr + member[:, None] * V + (first + column)[None, :]
+        to_ptrs = retrieved_ptr + member[:, None] * retrieved_stride + (first + column)[None, :]
         tl.store(to_ptrs, best.to(retrieved_ptr.dtype.element_ty), mask=(member < locations)[:, None])
 
 
@@ -115,8 +116,10 @@ def vote_warps(constants: dict) -> int:
     return max(1, constants["GROUP"] * constants["SLOTS"] // 16)
 
 
-def make_vote(weights: VoteWeights, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """rows (B, M, K, C) contiguous -> retrieved values (B, M, V), with these weights; V a multiple of 16."""
+def make_vote(
+    weights: VoteWeights, dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor, Tensor], None]:
+    """rows (B, M, K, C) contiguous -> retrieved values into (B, M, V); V a multiple of 16."""
 
     def bring(tensor: Tensor, to: torch.dtype) -> Tensor:
         return tensor.to(device, to).contiguous()
@@ -128,16 +131,16 @@ def make_vote(weights: VoteWeights, dtype: torch.dtype, device: torch.device) ->
     )  # fmt: skip
     width, value_width = weights.mix.shape[0], weights.out.shape[0]
 
-    def vote(rows: Tensor) -> Tensor:
+    def vote(rows: Tensor, retrieved: Tensor) -> None:
         batch, m, k, _ = rows.shape
-        retrieved = torch.empty(batch, m, value_width, dtype=rows.dtype, device=rows.device)
+        if retrieved.stride(2) != 1 or batch > 1 and retrieved.stride(0) != m * retrieved.stride(1):
+            raise ValueError(f"retrieved: has strides {retrieved.stride()}, its rows should be evenly spaced")
         locations = batch * m
         constants = vote_constants(k, weights.heads, width, value_width, locations)
         with torch.cuda.device(rows.device) if rows.is_cuda else contextlib.nullcontext():
             vote_kernel[(triton.cdiv(locations, constants["GROUP"]),)](
-                rows, *arguments, retrieved, locations, weights.epsilon,
+                rows, *arguments, retrieved, retrieved.stride(1), locations, weights.epsilon,
                 **constants, num_warps=vote_warps(constants), enable_fp_fusion=True,
             )  # fmt: skip
-        return retrieved
 
     return vote

@@ -257,6 +257,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "no frames": (["track", clip, *box, "--max-frames", "0"], "--max-frames must be 1 or more"),
         "not a number": (["track", clip, *box, "-k", "many"], "invalid int value"),
         "suffix": (["track", clip, *box, "--output", "out.txt"], "--output must end in .mp4"),
+        "recording": (["track", clip, *box, "--rerun", "out.mp4"], "--rerun must end in .rrd"),
         "folder": (["track", clip, *box, "--boxes", str(folder / "no" / "a.csv")], "there is no folder"),
         "onto a folder": (["track", clip, *box, "--json", str(folder / "empty")], "is a folder"),
         "onto itself": (["track", clip, *box, "--output", clip], "is the source or another output"),
@@ -398,12 +399,14 @@ def test_ctrl_c_while_loading_leaves_nothing(tmp_path, clip):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="displays are named by variables on Linux only")
 @pytest.mark.parametrize("display", [None, ":97"])
-def test_select_without_a_display_is_one_clear_error(tmp_path, clip, display):
-    command = [*runner(tmp_path), "track", str(clip), "--select"]
+@pytest.mark.parametrize("option", ["--select", "--view"])
+def test_without_a_display_there_is_one_clear_error(tmp_path, clip, display, option):
+    box = ["--box", BOX] if option == "--view" else []
+    command = [*runner(tmp_path), "track", str(clip), option, *box]
     env = environment(DISPLAY=display, WAYLAND_DISPLAY=None)
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "--select needs a display" in done.stderr
+    assert f"{option} needs a display" in done.stderr and done.stdout == "", "and nothing was loaded for it"
 
 
 def test_select_scales_a_large_frame_for_the_screen(monkeypatch, capsys):

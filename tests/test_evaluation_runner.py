@@ -151,10 +151,10 @@ def test_fps_is_given_both_ways(sequences: list[datasets.Sequence]) -> None:
 def test_a_failure_keeps_what_was_finished(tmp_path: Path, sequences: list[datasets.Sequence]) -> None:
     with pytest.raises(RuntimeError, match="failed on late: ArithmeticError: out of luck"):
         evaluate(Still(fails_at=2), sequences, out=tmp_path)
-    assert [path.stem for path in (tmp_path / "runs").iterdir()] == ["fast"]
+    assert sorted(path.stem for path in (tmp_path / "runs").iterdir()) == ["fast", "slow"]
     tracker = Still()
     results = evaluate(tracker, sequences, out=tmp_path)
-    assert tracker.inits == 2
+    assert tracker.inits == 1
     assert figures(results) == figures(evaluate(Still(), sequences))
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dmv_fast.model.backbone import Backbone, BasicBlock, BottleneckBlock
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.memory import MemoryBank, MemoryPolicy, ValueEncoder
 from dmv_fast.model.pick import PickConfig, cosine_window, pick
-from dmv_fast.model.voting import VotingNet
+from dmv_fast.model.retrieval import SoftmaxRead
+from dmv_fast.model.voting import CandidateMlp, VotingNet
+from dmv_fast.runtime.load import load_network
+from dmv_fast.runtime.network import FastNetwork, PlainNetwork
 from dmv_fast.vision import boxes
+from dmv_fast.weights import load_model, save_model
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +239,85 @@ def test_smoothing_moves_the_size_part_of_the_way_around_the_same_centre():
     x, y, w, h = _pick(scores, boxes_, PickConfig(0, 0, 0.5)).box[0].tolist()
     assert (x + w / 2, y + h / 2) == pytest.approx((128, 128))
     assert (w, h) == pytest.approx((64 + 0.25 * 16, 64 + 0.25 * 32))
+
+
+# ---- what stands in for the vote in the ablations (Table 1) ----------------------------------------------
+
+
+COMPARED = ({"reader": "mlp"}, {"reader": "softmax"}, {"score_use": "none"})
+
+
+@pytest.mark.parametrize("changed", COMPARED, ids=str)
+def test_compared_readers_learn_and_never_read_unwritten_memory(changed):
+    torch.manual_seed(0)
+    model = DMV(DMVConfig(**changed))
+    features = torch.randn(2, 256, 16, 16)
+    keys, values = model.remember(features, *model.exact_maps(torch.tensor([[96.0, 96, 64, 64]] * 2)))
+    bank = model.new_memory(2, 2)
+    bank.keys.fill_(9.0)
+    bank.values.fill_(7.0)
+    with torch.no_grad():
+        bank.write(keys, values, 0)
+    expected = model(features, keys, values)
+    for valid in (bank.valid, torch.full((2,), bank.valid, dtype=torch.int32)):
+        got = model(features, bank.keys, bank.values, valid=valid)
+        assert torch.allclose(got.logits, expected.logits, atol=1e-4)
+    expected.logits.sum().backward()
+    learns = model.read.log_temperature.grad is not None
+    assert learns == ("score_use" not in changed)  # without its score a candidate says nothing of the match
+
+
+def test_softmax_read_is_the_mean_by_scores():
+    torch.manual_seed(0)
+    read = SoftmaxRead(5, "dot")
+    features, keys, values = torch.randn(1, 3, 2, 2), torch.randn(1, 7, 3), torch.randn(1, 7, 5)
+    q = features.flatten(2).transpose(1, 2)[0]
+    weight = torch.cat([torch.ones(4, 1), torch.exp(q @ keys[0].T)], 1)
+    weight = weight / weight.sum(1, keepdim=True)  # eq. 1, its first column the null's
+    expected = weight @ torch.cat([read.null_value[None], values[0]])
+    assert torch.allclose(read(features, keys, values, 4)[0], expected, atol=1e-5)
+
+
+def test_candidates_of_the_mlp_do_not_hear_each_other():
+    torch.manual_seed(0)
+    rows = torch.randn(1, 5, 4, 64)
+    mlp, vote = CandidateMlp(256, 256, 64).eval(), VotingNet(256, 256, 64).eval()
+
+    def alone(net):
+        return torch.stack([net(rows[:, :, i : i + 1]) for i in range(4)]).amax(0)
+
+    assert torch.allclose(mlp(rows), alone(mlp), atol=1e-5)
+    assert not torch.allclose(vote(rows), alone(vote), atol=1e-2)
+
+
+def test_the_mlp_has_as_many_parameters_as_the_vote():
+    vote, mlp = (sum(p.numel() for p in net(256, 256, 64).parameters()) for net in (VotingNet, CandidateMlp))
+    assert mlp == pytest.approx(vote, rel=0.01)
+
+
+def test_checkpoints_without_the_new_settings_are_votes(tmp_path, model):
+    save_model(model, tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config = json.loads(file.metadata()["dmv_fast.config"])
+    assert config.pop("reader") == "vote" and config.pop("score_use") == "renormalised"
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"dmv_fast.config": json.dumps(config)})
+    assert load_model(tmp_path / "old.safetensors").config == model.config
+
+
+def test_the_folded_network_is_for_the_vote_alone(tmp_path, model):
+    cpu = torch.device("cpu")
+    save_model(model, tmp_path / "vote.safetensors")
+    save_model(DMV(DMVConfig(reader="mlp")), tmp_path / "mlp.safetensors")
+    kinds = [
+        type(load_network(str(tmp_path / f"{name}.safetensors"), cpu, torch.float32, "auto"))
+        for name in ("vote", "mlp")
+    ]
+    assert kinds == [FastNetwork, PlainNetwork]
+
+
+def test_unknown_readers_are_refused():
+    with pytest.raises(ValueError, match="reader is 'tree'"):
+        DMVConfig(reader="tree")
+    with pytest.raises(ValueError, match="score_use is 'raw'"):
+        DMVConfig(score_use="raw")

@@ -84,6 +84,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected |= {f"dmv_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     data = [path for end in ("safetensors", "md", "json") for path in (package / "weights").glob(f"*.{end}")]
     expected |= {f"dmv_fast/weights/{path.name}" for path in data}
+    expected |= {f"dmv_fast/report/page.{end}" for end in ("css", "js")}
     expected |= {"dmv_fast/py.typed", "dmv_fast/_build.json"}
     assert packaged - {"dmv_fast/_C.abi3.so", "dmv_fast/weights/SHA256SUMS"} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -103,11 +103,24 @@ def test_vote_is_folded(model, k):
     torch.testing.assert_close(found, model.read.voting(rows), atol=1e-5, rtol=1e-5)
 
 
+def make_vote(read, dtype: torch.dtype = torch.bfloat16):
+    """rows -> retrieved values, by what fused_vote makes of a memory read."""
+    vote = fused_vote(fold_vote(read), dtype, CPU)
+
+    def run(rows: Tensor) -> Tensor:
+        room = torch.full((*rows.shape[:2], 300), torch.nan, dtype=dtype)
+        vote(rows, room[..., 44:])
+        assert room[..., :44].isnan().all()
+        return room[..., 44:]
+
+    return run
+
+
 @pytest.mark.parametrize("k", [1, 2, 4, 11, 17, 32])
 def test_fused_vote_rounds_no_worse_than_pytorch(model, k):
     """Against float32, its error is that of the reference run in bfloat16, within a quarter."""
     torch.manual_seed(0)
-    vote = fused_vote(fold_vote(model.read), torch.bfloat16, CPU)
+    vote = make_vote(model.read)
     rows = torch.randn(1, 37, k, 64).bfloat16()  # 37 locations: the last group is never full
     exact = model.read.voting(rows.float())
     honest = (copy.deepcopy(model.read.voting).bfloat16()(rows).float() - exact).abs().max()
@@ -116,7 +129,7 @@ def test_fused_vote_rounds_no_worse_than_pytorch(model, k):
 
 def test_fused_vote_keeps_locations_apart(model):
     torch.manual_seed(0)
-    vote = fused_vote(fold_vote(model.read), torch.bfloat16, CPU)
+    vote = make_vote(model.read)
     rows = torch.randn(1, 24, 4, 64).bfloat16()
     before = vote(rows)
     rows[0, 5] = torch.randn(4, 64).bfloat16()
@@ -126,7 +139,7 @@ def test_fused_vote_keeps_locations_apart(model):
 
 def test_fused_vote_is_blind_to_order_and_the_same_every_time(model):
     torch.manual_seed(0)
-    vote = fused_vote(fold_vote(model.read), torch.bfloat16, CPU)
+    vote = make_vote(model.read)
     rows = torch.randn(1, 256, 8, 64).bfloat16()
     first = vote(rows)
     assert torch.equal(vote(rows), first)
@@ -139,7 +152,7 @@ def test_fused_vote_survives_large_logits(model):
     torch.manual_seed(0)
     rows = torch.randn(1, 64, 6, 64).bfloat16()
     exact = read.voting(rows.float())
-    assert relative(fused_vote(fold_vote(read), torch.bfloat16, CPU)(rows), exact) < 0.1
+    assert relative(make_vote(read)(rows), exact) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -286,13 +299,16 @@ def test_a_frame_allocates_nothing_that_stays(model):
     images = frames(2)
     window = search_window(BOXES[0])
     step.start(0, images[0], window, BOXES[0])
-    places = step.memory.keys.data_ptr(), step.memory.values.data_ptr()
+    memory = step.memory
+    storage = memory.keys, memory.values, memory.valid
+    places = [part.data_ptr() for part in storage]
     for frame in range(1, 8):
         step.step(images[1], [window], window.to_crop(BOXES[0])[None, 2:])
         step.write(0, frame)
-    assert places == (step.memory.keys.data_ptr(), step.memory.values.data_ptr())
-    assert step.memory.banks[0].keys.data_ptr() == places[0]
-    assert step.memory.banks[0].frames == [0, 7, 6]
+    assert step.memory is memory and memory.keys is storage[0] and memory.values is storage[1]
+    assert [part.data_ptr() for part in storage] == places
+    assert all(bank.keys.is_meta for bank in memory.banks)  # which say what is where, and hold nothing
+    assert memory.banks[0].frames == [0, 7, 6]
 
 
 @pytest.mark.parametrize("slow, chosen", [("bfloat16", torch.float32), ("float32", torch.bfloat16)])

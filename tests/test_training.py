@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,12 +17,19 @@ import torch
 
 from dmv_fast import load_model
 from dmv_fast.model.dmv import DMV, DMVConfig
+from dmv_fast.runtime.load import load_network
+from dmv_fast.training import loop, validation
+from dmv_fast.training.data import SampleStream
+from dmv_fast.training.log import Log
 from dmv_fast.training.loop import Frames, train
 from dmv_fast.training.recipe import Recipe, load_recipe
 from dmv_fast.training.unroll import Unroll
-from dmv_fast.weights import CheckpointError
+from dmv_fast.weights import CheckpointError, save_model
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TINY = """
+model: {{key_dim: 64, value_dim: 32, vote_dim: 16, heads: 2}}
 frames: [2, 3]
 frames_every: 2
 batch: 2
@@ -50,7 +59,8 @@ def data(tmp_path_factory):
         x, y = (int(v) for v in rng.integers(60, 130, 2))
         image[y : y + 50, x : x + 60] = rng.integers(150, 255, 3)
         cv2.imwrite(str(root / "images" / f"{i}.jpg"), image)
-        box = {"bbox": [x, y, 60, 50], "label": str(i)}
+        outline = [x, y, x + 60, y, x + 60, y + 50, x, y + 50]
+        box = {"bbox": [x, y, 60, 50], "label": str(i), "polygons": [outline]}
         row = {"image": f"images/{i}.jpg", "dataset": "made", "width": 320, "height": 240, "objects": [box]}
         lines.append(json.dumps(row))
     (root / "annotations.jsonl").write_text("\n".join(lines) + "\n")
@@ -66,21 +76,47 @@ def weights_of(path):
     return load_model(path).state_dict()
 
 
+def runs_of(recipe_path, data, out, **options):
+    return train(recipe_path, data=data, out=out, device="cpu", workers=0, **options)
+
+
+def same_weights(one, other) -> bool:
+    one, other = weights_of(one), weights_of(other)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.slow
-def test_a_resumed_run_is_the_same_run(data, tmp_path):
-    whole = write_recipe(tmp_path / "whole.yaml", TINY.format(steps=3))
-    half = write_recipe(tmp_path / "half.yaml", TINY.format(steps=2))
-    straight = train(whole, data=data, out=tmp_path / "a", device="cpu", workers=0)
-    train(half, data=data, out=tmp_path / "b", device="cpu", workers=0)
+@pytest.mark.parametrize("cached", [0, 3])
+def test_a_resumed_run_is_the_same_run(data, tmp_path, monkeypatch, cached):
+    """Bit for bit: with samples made on the way and stopped by SIGTERM in the midst of a step; with cached
+    features and paused."""
+    recipe = write_recipe(tmp_path / "r.yaml", TINY.format(steps=2) + f"cached_samples: {cached}\n")
+    straight, out = runs_of(recipe, data, tmp_path / "a"), tmp_path / "b"
+    if cached:
+        runs_of(recipe, data, out, pause_after=0.0)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Unroll, "forward", terminated(Unroll.forward))
+            runs_of(recipe, data, out)
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 1
     with pytest.raises(ValueError, match="--resume"):
-        train(whole, data=data, out=tmp_path / "b", device="cpu", workers=0)
-    resumed = train(whole, data=data, out=tmp_path / "b", resume=True, device="cpu", workers=0)
-    one, other = weights_of(straight), weights_of(resumed)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    start = DMV(DMVConfig()).state_dict()
-    assert not torch.equal(one["head.centre.0.weight"], start["head.centre.0.weight"])
-    rows = list(csv.DictReader(open(tmp_path / "b" / "log.csv")))
-    assert [r["kind"] for r in rows] == ["val", "val"] and np.isfinite(float(rows[0]["loss"]))
+        runs_of(recipe, data, out)
+    assert not same_weights(straight, out / "model.safetensors")
+    assert same_weights(straight, runs_of(recipe, data, out, resume=True))
+    start = seeded_start().state_dict()["head.centre.0.weight"]
+    assert not torch.equal(weights_of(straight)["head.centre.0.weight"], start)
+    rows = list(csv.DictReader(open(out / "log.csv")))
+    assert [r["kind"] for r in rows] == ["val"] and np.isfinite(float(rows[0]["loss"]))
+
+
+def terminated(forward):
+    """The forward pass of a process that is asked to end in it."""
+
+    def run(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *arguments)
+
+    return run
 
 
 @pytest.mark.slow
@@ -102,27 +138,17 @@ def test_cached_features_train_and_the_frozen_stem_stays(data, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_one_network(data, tmp_path):
-    """Under torchrun the gradients of both halves of a batch make the step of the whole batch."""
-    text = TINY.format(steps=1).replace("candidates: [1, 4]", "candidates: [4]").replace("write", "#write")
+    """Under torchrun, on one cache and by one clock: both halves of a batch make the batch's step."""
+    text = TINY.format(steps=1) + "cached_samples: 3\n"
+    text = text.replace("candidates: [1, 4]", "candidates: [4]").replace("write", "#write")
     recipe = write_recipe(tmp_path / "r.yaml", text)
-    options = ["train", str(recipe), "--data", str(data), "--device", "cpu", "--workers", "0", "--out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "dmv_fast",
-    ]
-    subprocess.run([*command, *options, str(tmp_path / "two")], check=True, env=environment, timeout=300)
-    train(recipe, data=data, out=tmp_path / "one", device="cpu", workers=0)
-    two, one = (
-        weights_of(tmp_path / "two" / "model.safetensors"),
-        weights_of(tmp_path / "one" / "model.safetensors"),
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--data", str(data), "--device", "cpu", "--workers", "0", "--out", str(tmp_path / "two")]
+    command = [*torchrun, "-m", "dmv_fast", "train", str(recipe), *options, "--minutes", "60"]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    two = weights_of(tmp_path / "two" / "model.safetensors")
+    one = weights_of(runs_of(recipe, data, tmp_path / "one"))
     # Batch norm sees half a batch in each process, so the steps agree in direction, not to the bit.
     name = "head.centre.2.weight"
     start = seeded_start().state_dict()[name]
@@ -130,20 +156,86 @@ def test_two_processes_train_one_network(data, tmp_path):
     assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.8
 
 
+def test_a_pretrained_stem_keeps_its_statistics():
+    """Trained or not: the shipped ImageNet weights have theirs folded in, and new ones would undo them."""
+    model = DMV(DMVConfig())
+    for recipe, kept in (
+        (Recipe(), False), (Recipe(pretrained="x"), True), (Recipe(start_from="x"), True),
+        (Recipe(freeze_stem=True), True),
+    ):  # fmt: skip
+        unroll = Unroll(model, recipe).train()
+        norms = [m for m in model.backbone.layer2.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert all(norm.training != kept for norm in norms)
+        assert model.backbone.neck3[1].training and model.backbone.layer4[0].bn1.training and unroll.training
+
+
+def test_each_part_has_its_rate():
+    model = DMV(DMVConfig())
+    optimiser = loop._optimiser(
+        Recipe(optimiser="adamw", backbone_rate=0.5, stem_rate=0.05, learning_rate=1.0), model
+    )
+    rate = {id(p): group["relative_rate"] for group in optimiser.param_groups for p in group["params"]}
+    assert set(rate) == {id(p) for p in model.parameters()}
+    parts = (
+        (model.head, 1.0), (model.read, 1.0), (model.backbone.neck4, 0.5), (model.backbone.layer4, 0.5),
+        (model.backbone.layer3, 0.05), (model.backbone.conv1, 0.05),
+    )  # fmt: skip
+    for part, expected in parts:
+        assert {rate[id(p)] for p in part.parameters()} == {expected}
+
+
+class Still:
+    """A tracker that stays where it was put."""
+
+    def __init__(self, *_arguments, **_settings):
+        self.inits = 0
+
+    def init(self, image, box):
+        self.box, self.inits = box, self.inits + 1
+
+    def track(self, image):
+        return self
+
+
+def test_held_out_videos_are_measured(data, tmp_path, monkeypatch):
+    """Made ones here, for want of clips; the same every time."""
+    monkeypatch.setattr("dmv_fast.training.catalog.is_held_out", lambda name: True)
+    monkeypatch.setattr(validation, "CLIP_FRAMES", 36)
+    monkeypatch.setattr(validation, "FastDMVTracker", Still)
+    scores = validation.on_videos(tmp_path / "m.safetensors", data, 3, torch.device("cpu"))
+    assert list(scores) == ["made 0", "made 1", "made 2 leaves"]
+    assert all(0 < auc < 0.96 for auc in scores.values())
+    name, video = next(validation.held_out_videos(data, 1, 0))
+    assert validation.video_auc(Still(), video) == scores[name]
+    Log(tmp_path).videos(7, scores)
+    rows = list(csv.DictReader(open(tmp_path / "clips.csv")))
+    assert [row["step"] for row in rows] == ["7"] * 4
+    assert float(rows[-1]["auc"]) == pytest.approx(np.mean(list(scores.values())), abs=1e-4)
+
+
+def test_a_checkpoint_that_training_replaced_is_read_anew(tmp_path):
+    path, heads = tmp_path / "model.safetensors", []
+    for seed in (0, 1):
+        save_model(DMV(DMVConfig(key_dim=64, value_dim=32, vote_dim=16, heads=2)), path)
+        os.utime(path, ns=(seed, seed))
+        network = load_network(str(path), torch.device("cpu"), torch.float32, "reference")
+        assert load_network(str(path), torch.device("cpu"), torch.float32, "reference") is network
+        heads.append(network.model.head.centre[0].weight)
+    assert not torch.equal(*heads)
+
+
 def seeded_start() -> DMV:
     torch.manual_seed(0)
-    return DMV(DMVConfig())
+    return DMV(DMVConfig(key_dim=64, value_dim=32, vote_dim=16, heads=2))
 
 
-def test_frames_rise_and_start_with_the_exemplar(data):
-    from dmv_fast.training.data import SampleStream
-
+def test_frames_rise_with_the_steps(data):
     recipe = Recipe(frames=(2, 3), frames_every=1, batch=2, mix={"photo": 1.0})
     stream = SampleStream(data, seed=0, frames=3, mix=recipe.mix)
     frames = Frames(stream, recipe)
     assert [len(frames[i][0]) for i in range(6)] == [2, 2, 3, 3, 3, 3]
+    assert (frames[4][0].numpy() == stream[4].crops).all()
     for i in range(3):
-        assert (frames[i][0][0].numpy() == stream[i].crops[0]).all()
         for one, again in zip(frames[i], frames[i], strict=True):
             assert np.array_equal(one.numpy(), again.numpy(), equal_nan=True)
 
@@ -199,13 +291,25 @@ def test_missing_recipe_and_pretrained(data, tmp_path):
         train(path, data=data, out=tmp_path / "x", device="cpu")
 
 
-def test_shipped_recipes_are_readable(request):
-    for path in (request.config.rootpath / "recipes").glob("*.yaml"):
-        load_recipe(path)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_repository(path):
+    """Each loads, its network can be made, and its stages are over before its steps are."""
+    recipe = load_recipe(path)
+    assert recipe.frames_at(recipe.steps) == recipe.frames[-1]
+    with torch.device("meta"):
+        DMV(recipe.model)
 
 
-def test_the_paper_recipe_is_the_papers(request):
-    recipe = load_recipe(request.config.rootpath / "recipes" / "paper.yaml")
+def test_the_paper_recipe_is_the_papers():
+    recipe = load_recipe(ROOT / "recipes" / "paper.yaml")
     assert (recipe.steps, recipe.batch, recipe.learning_rate, recipe.weight_decay) == (32_000, 16, 1e-3, 5e-4)
     assert [recipe.frames_at(s) for s in (0, 6399, 6400, 12800, 19200, 31999)] == [2, 2, 3, 4, 5, 5]
     assert recipe.max_skip == 100 and recipe.optimiser == "sgd" and not recipe.freeze_stem
+    assert [source.kind for source in recipe.sources] == ["got10k", "lasot", "trackingnet"]
+
+
+def test_start_from_another_network_is_refused(data, tmp_path):
+    save_model(DMV(DMVConfig(vote_dim=32)), tmp_path / "other.safetensors")
+    text = TINY.format(steps=1) + f"start_from: {tmp_path / 'other.safetensors'}\n"
+    with pytest.raises(ValueError, match=r"vote_dim=16.*start_from.*vote_dim=32"):
+        train(write_recipe(tmp_path / "s.yaml", text), data=data, out=tmp_path / "x", device="cpu")

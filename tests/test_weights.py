@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from dmv_fast import load_model
 from dmv_fast import weights as store
 from dmv_fast.model.dmv import DMV, DMVConfig
-from dmv_fast.weights import CheckpointError, load_pretrained, save_model, sha256
+from dmv_fast.weights import CheckpointError, load_pretrained, places, save_model, sha256
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -73,17 +78,79 @@ def test_wrong_hash(checkpoint):
         load_model(checkpoint)
 
 
-def test_shipped_files_are_listed_with_their_hash(monkeypatch, checkpoint, tmp_path):
-    monkeypatch.setattr(store, "FOLDER", tmp_path)
-    monkeypatch.setattr(store, "SUMS", tmp_path / "SHA256SUMS")
+@pytest.fixture
+def house(monkeypatch, tmp_path, checkpoint):
+    """A list that names two checkpoints, one of them shipped; folders of a checkout and a cache."""
+    shipped = tmp_path / "checkout/dmv_fast/weights"
+    shipped.mkdir(parents=True)
+    (tmp_path / "checkout/weights").mkdir()
+    monkeypatch.setattr(places, "SHIPPED", shipped)
+    monkeypatch.setattr(places, "SUMS", shipped / "SHA256SUMS")
+    monkeypatch.setenv("DMV_FAST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    shutil.copy(checkpoint, shipped / "small.safetensors")
+    digest = sha256(checkpoint)
+    places.SUMS.write_text(f"{digest}  small.safetensors\n{digest}  large.safetensors\n")
+    return tmp_path
+
+
+def test_named_checkpoints_are_found_in_each_of_their_places(house, checkpoint):
+    shipped, cached = places.SHIPPED / "small.safetensors", house / "cache/large.safetensors"
+    assert store.known() == {"large": None, "small": shipped}
+    load_model("small")
+    shutil.copy(checkpoint, cached)
+    assert store.known()["large"] == store.find("large") == cached
+    load_model("large")
+    in_checkout = house / "checkout/weights/large.safetensors"
+    shutil.copy(checkpoint, in_checkout)
+    # Beside an installed package a folder that happens to be named weights is not ours.
+    assert store.find("large") == cached
+    (house / "checkout/pyproject.toml").touch()
+    assert store.find("large") == in_checkout
+    load_model("large")
+
+
+def test_an_absent_checkpoint_says_what_to_put_where(house, checkpoint):
+    with pytest.raises(CheckpointError) as error:
+        load_model("large")
+    place = str(house / "cache/large.safetensors")
+    for said in ("'large'", "folder weights/", place, sha256(checkpoint), "DMV_FAST_CACHE"):
+        assert said in str(error.value)
+    with pytest.raises(CheckpointError, match=r"'huge': no such file.*large, small"):
+        load_model("huge")
+
+
+@pytest.mark.parametrize("place", ["checkout/dmv_fast/weights/small", "cache/large"])
+def test_a_named_checkpoint_with_another_sum_is_refused(house, checkpoint, place):
+    path = house / f"{place}.safetensors"
+    path.write_bytes(checkpoint.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError) as error:
+        load_model(path.stem)
+    for said in (str(path), sha256(path), sha256(checkpoint), str(path.stat().st_size)):
+        assert said in str(error.value)
+
+
+def test_a_shipped_file_that_is_not_listed_is_refused(house, checkpoint):
+    stray = places.SHIPPED / "stray.safetensors"
+    shutil.copy(checkpoint, stray)
     with pytest.raises(CheckpointError, match="not listed"):
-        load_model("mine")
-    store.SUMS.write_text(f"{sha256(checkpoint)}  mine.safetensors\n")
-    assert store.known() == ["mine"]
-    load_model("mine")
-    store.SUMS.write_text(f"{'1' * 64}  mine.safetensors\n")
-    with pytest.raises(CheckpointError, match="sha256"):
-        load_model("mine")
+        load_model(stray)
+
+
+def test_where_the_cache_folder_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("DMV_FAST_CACHE", str(tmp_path / "here"))
+    assert store.cache_folder() == tmp_path / "here"
+    monkeypatch.delenv("DMV_FAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(places.sys, "platform", "linux")
+    assert store.cache_folder() == tmp_path / "dmv_fast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert store.cache_folder() == Path.home() / ".cache/dmv_fast"
+    monkeypatch.setattr(places.sys, "platform", "darwin")
+    assert store.cache_folder() == Path.home() / "Library/Caches/dmv_fast"
+    monkeypatch.setattr(places.sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "Local"))
+    assert store.cache_folder() == tmp_path / "Local/dmv_fast"
 
 
 def test_pretrained_stem(tmp_path):
@@ -99,6 +166,14 @@ def test_pretrained_stem(tmp_path):
         load_pretrained(DMV(DMVConfig(backbone="resnet50")), path)
 
 
-def test_shipped_checkpoints_load():
-    for name in store.known():
+def test_every_checkpoint_of_the_checkout_is_listed_and_loads(monkeypatch, tmp_path):
+    monkeypatch.setenv("DMV_FAST_CACHE", str(tmp_path))  # not what this machine's cache holds
+    files = [*places.SHIPPED.glob("*.safetensors"), *(ROOT / "weights").glob("*.safetensors")]
+    assert sorted(store.known().values()) == sorted(files)
+    for name, path in store.known().items():
         load_model(name)
+        assert path.with_suffix(".md").is_file(), f"{name} has no model card"
+
+
+def test_the_wheel_stays_small():
+    assert sum(path.stat().st_size for path in places.SHIPPED.glob("*.safetensors")) < 45e6

@@ -13,17 +13,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from dmv_fast.insight import Watch
     from dmv_fast.tracker import FastDMVTracker, TrackResult
+    from dmv_fast.vision.live import LiveWindow
     from dmv_fast.vision.video import VideoSource
 
 Box = tuple[float, float, float, float]
-_CSV_HEADER = "frame,x,y,w,h,score,found"
+CSV_HEADER = "frame,x,y,w,h,score,found"
 _SELECT_SIDE = 1000  # pixels; a larger frame is shown smaller to draw the box on
 
 
@@ -38,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=int, default=0, metavar="N", help="first frame, counted from 0")
     parser.add_argument("--max-frames", type=int, metavar="N", help="stop after so many frames")
     parser.add_argument("--output", metavar="OUT.mp4", help="video with box and score drawn")
-    parser.add_argument("--boxes", metavar="OUT.csv", help=_CSV_HEADER)
+    parser.add_argument("--boxes", metavar="OUT.csv", help=CSV_HEADER)
     parser.add_argument("--json", metavar="OUT.json", help="the same with the settings and the speed")
+    parser.add_argument("--view", action="store_true", help="show it in a window (needs a display)")
+    parser.add_argument("--rerun", metavar="OUT.rrd", help="a recording for the Rerun viewer (extra: rerun)")
     parser.add_argument("--weights", default="dmv18", help="a shipped network or a file (dmv18)")
     parser.add_argument("-k", type=int, metavar="K", help="candidates a location (the network's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
@@ -67,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
     with open_source(args.source, start=args.start) as source:
         first = next(source)
+        if args.view and not _has_display():
+            elsewhere = "give --output OUT.mp4 instead, for the same picture in a file"
+            raise ValueError(f"--view needs a display, and OpenCV can open no window here; {elsewhere}")
         box = select_box(first) if args.select else args.box
         # After the cheap checks: this import brings torch, and the constructor reads the weights.
         from dmv_fast.tracker import FastDMVTracker
@@ -85,14 +93,23 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-frames must be 1 or more, not {args.max_frames}")
     if args.output and Path(args.output).suffix.lower() != ".mp4":
         raise ValueError(f"--output must end in .mp4, not {args.output!r}")
+    if args.rerun and Path(args.rerun).suffix.lower() != ".rrd":
+        raise ValueError(f"--rerun must end in .rrd, not {args.rerun!r}")
+    if args.rerun and find_spec("rerun") is None:
+        raise ImportError('--rerun needs the rerun-sdk package: pip install "dmv-fast[rerun]"')
     from dmv_fast.vision.video import check_target
 
     taken = {Path(args.source).resolve()}
-    for target in filter(None, (args.output, args.boxes, args.json)):
+    for target in _outputs(args):
         path = check_target(target).resolve()
         if path in taken:
             raise ValueError(f"{target}: is the source or another output as well; give each its own name")
         taken.add(path)
+
+
+def _outputs(args: argparse.Namespace) -> list[str]:
+    """The files that were asked for."""
+    return [path for path in (args.output, args.boxes, args.json, args.rerun) if path]
 
 
 @dataclass
@@ -127,7 +144,9 @@ def _track(
     tally = _Tally(args.start)
     last: tuple[Box, float, bool] = (box, 1.0, True)
     with _Stop().listening() as stop, ExitStack() as outputs:
-        sinks = list(_open_sinks(args, source, box, tally, outputs))
+        watch = _watch(tracker, args)
+        sinks = list(_open_sinks(args, source, box, tally, watch, outputs))
+        view = outputs.enter_context(_open_view(watch, stop)) if args.view else None
         bar = outputs.enter_context(tqdm(total=total, unit=" frames", dynamic_ncols=True, disable=None))
         frame: np.ndarray | None = first
         while frame is not None:
@@ -137,7 +156,9 @@ def _track(
                 sink(tally.number(), frame, *last)
             bar.set_postfix_str(f"score {last[1]:.2f}, tracker {tally.tracker_fps():.0f} FPS", refresh=False)
             bar.update()
-            if stop.signal or tally.frames == args.max_frames:
+            if view is not None:
+                _show(view, tracker, watch, tally, frame, last)
+            if stop.signal or tally.frames == args.max_frames or (view is not None and view.closed):
                 break
             with stop.breakable():
                 frame = next(source, None)
@@ -162,12 +183,42 @@ def _step(tracker: FastDMVTracker, frame: np.ndarray, box: Box, tally: _Tally) -
     return result.box, float(result.score), bool(result.found)
 
 
+def _watch(tracker: FastDMVTracker, args: argparse.Namespace) -> Watch | None:
+    """What --view and --rerun look inside with; nothing is kept for it without them."""
+    if not (args.view or args.rerun):
+        return None
+    from dmv_fast.insight import Watch
+
+    watch = Watch(tracker)
+    watch.first_frame = args.start
+    return watch
+
+
+def _open_view(watch: Watch, stop: _Stop) -> LiveWindow:
+    from dmv_fast.vision.live import LiveWindow
+
+    return LiveWindow(watch, lambda: stop.signal != 0)
+
+
+def _show(
+    view: LiveWindow, tracker: FastDMVTracker, watch: Watch, tally: _Tally, frame: np.ndarray,
+    last: tuple[Box, float, bool],
+) -> None:  # fmt: skip
+    """Show the frame; where the person draws another box, track that from here on."""
+    box = view.show(tally.number(), frame, *last, tally.tracker_fps())
+    while box is not None:
+        watch.first_frame = tally.number()
+        tracker.init(frame, box)
+        box = view.show(tally.number(), frame, box, 1.0, True, tally.tracker_fps())
+
+
 _Sink = Callable[[int, "np.ndarray", Box, float, bool], None]
 
 
 def _open_sinks(
-    args: argparse.Namespace, source: VideoSource, box: Box, tally: _Tally, outputs: ExitStack
-) -> Iterator[_Sink]:
+    args: argparse.Namespace, source: VideoSource, box: Box, tally: _Tally, watch: Watch | None,
+    outputs: ExitStack,
+) -> Iterator[_Sink]:  # fmt: skip
     """The asked-for outputs, each a function of (frame number, frame, box, score, found)."""
     from dmv_fast.vision.draw import draw_box
     from dmv_fast.vision.video import VideoWriter, replaced_when_complete
@@ -178,14 +229,20 @@ def _open_sinks(
     if args.boxes:
         partial = outputs.enter_context(replaced_when_complete(args.boxes))
         table = outputs.enter_context(open(partial, "w", encoding="utf-8"))
-        table.write(_CSV_HEADER + "\n")
-        yield lambda number, frame, box, score, found: _write_csv_row(table, number, box, score, found)
+        table.write(CSV_HEADER + "\n")
+        yield lambda number, frame, box, score, found: write_csv_row(table, number, box, score, found)
     if args.json:
         partial = outputs.enter_context(replaced_when_complete(args.json))
         yield outputs.enter_context(_json_rows(partial, args, source, box, tally))
+    if args.rerun:
+        from dmv_fast.vision.recording import recording
+
+        partial = outputs.enter_context(replaced_when_complete(args.rerun))
+        yield outputs.enter_context(recording(partial, watch)).write
 
 
-def _write_csv_row(table, number: int, box: Box, score: float, found: bool) -> None:
+def write_csv_row(table: TextIO, number: int, box: Box, score: float, found: bool) -> None:
+    """One frame's line under CSV_HEADER."""
     table.write(f"{number},{','.join(f'{v:.3f}' for v in box)},{score:.4f},{int(found)}\n")
 
 
@@ -220,7 +277,7 @@ def _summary(
         f"last box {','.join(f'{v:.1f}' for v in box)}, score {score:.2f}{'' if found else ', lost'}",
         f"mean FPS: tracker {tally.tracker_fps():.1f}, with reading and writing {tally.whole_fps():.1f}",
     ]
-    written = list(filter(None, (args.output, args.boxes, args.json)))
+    written = _outputs(args)
     return "\n".join(lines + ([f"wrote {', '.join(written)}"] if written else []))
 
 

@@ -51,7 +51,7 @@ class Sequence:
             yield from _video_frames(self.frames, first, len(self))
             return
         for path in self.frames[first:]:
-            yield _read_image(path)
+            yield read_image(path)
 
     def frame_size(self) -> tuple[int, int]:
         """(width, height) in pixels of the frames."""
@@ -61,7 +61,8 @@ class Sequence:
         return width, height
 
 
-def _read_image(path: Path) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
+    """An image file as HWC uint8 BGR; DatasetError where it is none."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
         raise DatasetError(f"{path}: no such image, or not one that OpenCV can read")
@@ -86,7 +87,8 @@ def _video_frames(path: Path, first: int, count: int) -> Iterator[np.ndarray]:
 # ---- annotation files ----
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without the empty ones at its end."""
     try:
         return path.read_text(encoding="utf-8-sig", errors="replace").rstrip().splitlines()
     except OSError as error:
@@ -99,7 +101,7 @@ def read_rows(path: Path) -> np.ndarray:
     Raises DatasetError naming file and line where a line is not four numbers (NaN is one, infinity is not).
     """
     rows = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         try:
             row = [float(field) for field in re.split(r"[,;\s]+", line.strip())]
         except ValueError:
@@ -127,7 +129,7 @@ def read_boxes(path: Path) -> np.ndarray:
 def _read_flags(path: Path, count: int) -> np.ndarray:
     """`count` numbers, one a line or separated by commas (absence.label, full_occlusion.txt) -> (count,)."""
     values: list[float] = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         try:
             values += [float(field) for field in re.split(r"[,\s]+", line.strip())]
         except ValueError:
@@ -237,16 +239,25 @@ def read_got10k(root: Path) -> list[Sequence]:
             found = f"holds the subsets {', '.join(subsets)}: name one" if subsets else "has no list.txt"
             raise DatasetError(f"{root}: {found}")
         root = root / subsets[0]
-    sequences = []
-    for number, name in enumerate(_lines(root / "list.txt"), start=1):
-        folder = root / name.strip()
-        if not name.strip() or not folder.is_dir():
-            raise DatasetError(f"{root / 'list.txt'}, line {number}: no folder {name.strip()!r}")
-        annotation = folder / "groundtruth.txt"
-        boxes = _hide_absent_got10k(read_boxes(annotation), folder)
-        resolution = _got10k_resolution(folder)
-        sequences.append(_sequence(folder.name, _images(folder), boxes, annotation, resolution))
-    return sequences
+    return [read_got10k_sequence(folder) for folder in listed_folders(root / "list.txt", root)]
+
+
+def listed_folders(listing: Path, root: Path) -> list[Path]:
+    """The folders of `root` that a file names, one a line; DatasetError at a name that has none."""
+    folders = []
+    for number, line in enumerate(read_lines(listing), start=1):
+        folder = root / line.strip()
+        if not line.strip() or not folder.is_dir():
+            raise DatasetError(f"{listing}, line {number}: no folder {line.strip()!r}")
+        folders.append(folder)
+    return folders
+
+
+def read_got10k_sequence(folder: Path) -> Sequence:
+    """One folder of GOT-10k."""
+    annotation = folder / "groundtruth.txt"
+    boxes = _hide_absent_got10k(read_boxes(annotation), folder)
+    return _sequence(folder.name, _images(folder), boxes, annotation, _got10k_resolution(folder))
 
 
 def _hide_absent_got10k(boxes: np.ndarray, folder: Path) -> np.ndarray:
@@ -260,7 +271,7 @@ def _hide_absent_got10k(boxes: np.ndarray, folder: Path) -> np.ndarray:
 
 def _got10k_resolution(folder: Path) -> tuple[int, int] | None:
     path = folder / "meta_info.ini"
-    text = "\n".join(_lines(path)) if path.is_file() else ""
+    text = "\n".join(read_lines(path)) if path.is_file() else ""
     match = re.search(r"resolution:\s*\(\s*(\d+),\s*(\d+)\s*\)", text)
     return (int(match[1]), int(match[2])) if match else None
 
@@ -270,26 +281,35 @@ def read_lasot(root: Path) -> list[Sequence]:
 
     A frame is absent where either flag is set, as in LaSOT's own toolkit.
     """
-    sequences = []
-    found = [path for depth in ("*", "*/*") for path in root.glob(f"{depth}/groundtruth.txt")]
-    for annotation in sorted(found, key=lambda path: _natural(path.parent)):
-        folder = annotation.parent
-        boxes = read_boxes(annotation)
-        for flags in (folder / "full_occlusion.txt", folder / "out_of_view.txt"):
-            if flags.is_file():
-                boxes[_read_flags(flags, len(boxes)) != 0] = np.nan
-        sequences.append(_sequence(folder.name, _images(folder / "img"), boxes, annotation))
-    return sequences
+    return [read_lasot_sequence(folder) for folder in lasot_folders(root)]
+
+
+def lasot_folders(root: Path) -> list[Path]:
+    """The folders of sequences below `root` or its classes, in order."""
+    found = [path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/groundtruth.txt")]
+    return sorted(found, key=_natural)
+
+
+def read_lasot_sequence(folder: Path) -> Sequence:
+    """One folder of LaSOT."""
+    annotation = folder / "groundtruth.txt"
+    boxes = read_boxes(annotation)
+    for flags in (folder / "full_occlusion.txt", folder / "out_of_view.txt"):
+        if flags.is_file():
+            boxes[_read_flags(flags, len(boxes)) != 0] = np.nan
+    return _sequence(folder.name, _images(folder / "img"), boxes, annotation)
 
 
 def read_trackingnet(root: Path) -> list[Sequence]:
     """TrackingNet: frames/NAME/%d.jpg and anno/NAME.txt, in root or in TEST, TRAIN_0, ... below it."""
-    sequences = []
-    for folder in (root / "anno", *sorted(root.glob("*/anno"))):
-        for path in sorted(folder.glob("*.txt")):
-            frames = _images(folder.parent / "frames" / path.stem)
-            sequences.append(_sequence(path.stem, frames, read_boxes(path), path))
-    return sequences
+    folders = (root / "anno", *sorted(root.glob("*/anno")))
+    return [read_trackingnet_sequence(path) for folder in folders for path in sorted(folder.glob("*.txt"))]
+
+
+def read_trackingnet_sequence(annotation: Path) -> Sequence:
+    """One anno/NAME.txt of TrackingNet and its frames/NAME."""
+    frames = _images(annotation.parent.parent / "frames" / annotation.stem)
+    return _sequence(annotation.stem, frames, read_boxes(annotation), annotation)
 
 
 def read_uav123(root: Path) -> list[Sequence]:
@@ -363,7 +383,7 @@ def select(sequences: list[Sequence], names: Iterable[str]) -> list[Sequence]:
     """The sequences of these names, in the data set's order; "@FILE" stands for the names in a file."""
     wanted: set[str] = set()
     for name in names:
-        listed = _lines(Path(name[1:])) if name.startswith("@") else [name]
+        listed = read_lines(Path(name[1:])) if name.startswith("@") else [name]
         wanted.update(line.strip() for line in listed if line.strip())
     chosen = [sequence for sequence in sequences if sequence.name in wanted]
     missing = sorted(wanted - {sequence.name for sequence in chosen})

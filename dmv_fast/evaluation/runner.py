@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import signal
+import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from dmv_fast.evaluation import datasets
 from dmv_fast.evaluation.datasets import DatasetError, Sequence
-from dmv_fast.evaluation.results import Results, Run, load_run, save_run, score_predictions, summarise_runs
+from dmv_fast.evaluation.results import (
+    Results,
+    Run,
+    load_run,
+    save_run,
+    score_predictions,
+    summarise_runs,
+    write_text,
+)
 from dmv_fast.evaluation.trackers import OPENCV_TRACKERS, DMVFactory, OpenCVFactory, Tracker
-
-# Read when a process starts, so set around the start of the workers: N of them, a thread each, use N cores.
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+from dmv_fast.evaluation.workers import Failure, Tick, WorkerDied, hand_out
 
 
 def evaluate(
@@ -34,6 +35,8 @@ def evaluate(
     *,
     out: Path | str | None = None,
     jobs: int = 1,
+    ray: str | None = None,
+    gpu: bool = False,
     resume: bool = True,
     progress: bool = False,
 ) -> Results:
@@ -45,12 +48,14 @@ def evaluate(
         out: where each sequence's predictions, times and scores go as it ends, then results.csv and .json.
         jobs: processes over sequences, each with one thread; 1 = this process. They are spawned, so the
             factory must pickle, and a script must guard its start with `if __name__ == "__main__"`.
+        ray, gpu: a Ray cluster in place of processes, as for `workers.hand_out`.
         resume: take what `out` already has of the same settings, instead of running it again.
         progress: a bar, and a line a sequence, on stderr.
 
     Raises:
         ValueError: bad arguments; DatasetError (a ValueError): a frame that cannot be read.
-        RuntimeError: the tracker failed; names the sequence. What was finished before stays in `out`.
+        RuntimeError: the tracker failed; names the sequence. Either is raised when the other sequences are
+            done; they stay in `out`.
     """
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; it must be at least 1")
@@ -64,6 +69,7 @@ def evaluate(
         saved = {sequence.name: load_run(out, sequence, settings) for sequence in sequences}
         runs = {name: run for name, run in saved.items() if run is not None}
     pending = [sequence for sequence in sequences if sequence.name not in runs]
+    failed: dict[str, Exception] = {}
     if progress and runs:
         print(
             f"{len(runs)} of {len(sequences)} sequences are in {out} already, of the same settings",
@@ -71,16 +77,30 @@ def evaluate(
         )
     total, disable = sum(len(s) - s.start for s in pending), None if progress else True
     with tqdm(total=total, unit="frame", disable=disable, leave=False) as bar:
-        for sequence, run in _run_all(tracker_factory, pending, min(jobs, len(pending)), bar):
+        for sequence, run in _run_all(_Pass(tracker_factory), pending, jobs, ray, gpu, bar):
+            if isinstance(run, Failure):
+                failed[sequence.name] = run.error
+                continue
             runs[sequence.name] = run
             if out is not None:
                 save_run(out, sequence, run, settings)
             if progress:
                 _report(sequence, summarise_runs(label, settings, [sequence], runs))
+    if failed:
+        raise _as_one(failed)
     results = summarise_runs(label, settings, sequences, runs)
     if out is not None:
         results.write(out)
     return results
+
+
+def _as_one(failed: dict[str, Exception]) -> Exception:
+    (name, error), *others = failed.items()
+    if not others and not isinstance(error, WorkerDied):  # all other errors name their sequence
+        return error
+    kind = DatasetError if all(isinstance(e, DatasetError) for e in failed.values()) else RuntimeError
+    reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+    return kind(f"{len(failed)} sequences failed: {reasons}" if others else reasons)
 
 
 def _check_names(sequences: list[Sequence]) -> None:
@@ -120,101 +140,42 @@ def track_sequence(tracker: Tracker, sequence: Sequence, on_frame: Callable[[], 
     return Run(boxes, seconds, scores, found, time.perf_counter() - began)
 
 
-def _track(tracker: Tracker, sequence: Sequence, on_frame: Callable[[], None]) -> Run:
-    try:
-        return track_sequence(tracker, sequence, on_frame)
-    except (DatasetError, _Stopped):
-        raise
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise RuntimeError(f"the tracker failed on {sequence.name}: {what}") from error
+@dataclass
+class _Pass:
+    """The work on one sequence. The tracker is made at the first, in whichever process that is."""
+
+    factory: Callable[[], Tracker]
+    tracker: Tracker | None = None
+
+    def __call__(self, sequence: Sequence, tick: Tick) -> Run:
+        if self.tracker is None:
+            self.tracker = self.factory()
+        try:
+            return track_sequence(self.tracker, sequence, tick)
+        except DatasetError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"the tracker failed on {sequence.name}: {what}") from error
 
 
 def _run_all(
-    tracker_factory: Callable[[], Tracker], pending: list[Sequence], jobs: int, bar: tqdm
-) -> Iterator[tuple[Sequence, Run]]:
+    one_pass: _Pass, pending: list[Sequence], jobs: int, ray: str | None, gpu: bool, bar: tqdm
+) -> Iterator[tuple[Sequence, Run | Failure]]:
     """Each pending sequence with its run, as they end."""
-    if jobs > 1:
-        yield from _run_parallel(tracker_factory, pending, jobs, bar)
-    elif pending:
-        tracker = tracker_factory()
-        for sequence in pending:
-            yield sequence, _track(tracker, sequence, bar.update)
-
-
-def _run_parallel(
-    tracker_factory: Callable[[], Tracker], pending: list[Sequence], jobs: int, bar: tqdm
-) -> Iterator[tuple[Sequence, Run]]:
-    context = multiprocessing.get_context("spawn")
-    frames, stop = context.Value("q", 0), context.Event()
-    with (
-        _one_thread_a_process(),
-        ProcessPoolExecutor(jobs, context, _start_worker, (tracker_factory, frames, stop)) as pool,
-    ):
+    if ray is not None or min(jobs, len(pending)) > 1:
         longest_first = sorted(pending, key=len, reverse=True)
-        futures = {pool.submit(_work, sequence): sequence for sequence in longest_first}
-        waiting = set(futures)
+        yield from hand_out(one_pass, longest_first, jobs=jobs, ray=ray, gpu=gpu, on_frames=bar.update)
+        return
+    if pending:
+        one_pass.tracker = one_pass.factory()  # what is wrong with it is no sequence's failure
+    for sequence in pending:
         try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                bar.update(frames.value - bar.n)
-                for future in done:
-                    yield futures[future], future.result()
-        except BrokenProcessPool:
-            message = "a worker process died (out of memory?); finished sequences are kept"
-            raise RuntimeError(message) from None
-        finally:  # after an error or Ctrl-C, the workers end at their next frame
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _one_thread_a_process() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-# ---- inside a worker process ----
-
-
-class _Stopped(Exception):
-    """The parent asked the workers to end."""
-
-
-class _Worker:
-    """What a worker process keeps between sequences; set once, when it starts."""
-
-    tracker_factory: Callable[[], Tracker]
-    tracker: Tracker | None = None
-    frames: object
-    stop: object
-
-
-def _start_worker(tracker_factory: Callable[[], Tracker], frames: object, stop: object) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    cv2.setNumThreads(1)
-    _Worker.tracker_factory, _Worker.frames, _Worker.stop = tracker_factory, frames, stop
-
-
-def _work(sequence: Sequence) -> Run:
-    if _Worker.tracker is None:
-        _Worker.tracker = _Worker.tracker_factory()
-    return _track(_Worker.tracker, sequence, _count_frame)
-
-
-def _count_frame() -> None:
-    with _Worker.frames.get_lock():
-        _Worker.frames.value += 1
-    if _Worker.stop.is_set():
-        raise _Stopped
+            run = one_pass(sequence, bar.update)
+        except Exception as error:
+            yield sequence, Failure(error)
+        else:
+            yield sequence, run
 
 
 # ---- dmv-fast eval ----
@@ -242,9 +203,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", help="auto, or one that `dmv-fast doctor` lists (auto)")
     parser.add_argument("--no-memory", action="store_true", help="remember the first frame alone")
     parser.add_argument("--nano-dir", type=Path, metavar="DIR", help="the two .onnx files of opencv:nano")
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="processes, a thread each (1: this one)"
     )
+    where.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster: HOST:PORT, auto, local (extra: ray)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: eval/ROOT-TRACKER)")
     parser.add_argument("--rerun", action="store_true", help="run again what --out already has")
 
@@ -258,7 +221,13 @@ def run(args: argparse.Namespace) -> int:
         return _score(args, sequences)
     factory = _factory(args)
     out = args.out or Path("eval") / f"{args.root.resolve().name}-{factory.label}"
-    results = evaluate(factory, sequences, out=out, jobs=args.jobs, resume=not args.rerun, progress=True)
+    gpu = factory.settings().get("device", "cpu") != "cpu"
+    results = evaluate(
+        factory, sequences, out=out, jobs=args.jobs, ray=args.ray, gpu=gpu, resume=not args.rerun,
+        progress=True,
+    )  # fmt: skip
+    # Where the frames are, for `dmv-fast report`.
+    write_text(out / "dataset.json", json.dumps({"dataset": args.dataset, "root": str(args.root.resolve())}))
     print(results.table())
     _plot([results], out)
     print(f"written to {out}")

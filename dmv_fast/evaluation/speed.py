@@ -7,11 +7,13 @@ it was first put and the memory is filled beforehand and then left alone, so eve
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -77,7 +79,6 @@ class Row:
     setting: Setting | None
     """None: not our tracker."""
     taken: list[Taken]
-    note: str
 
     def percentile(self, q: float) -> float:
         """The clock time that q percent of the frames do not exceed, ms."""
@@ -87,6 +88,11 @@ class Row:
     def processor(self) -> float:
         """Median processor time, ms: what the clock would say of one thread on an idle machine."""
         return float(np.median([t.processor for t in self.taken]))
+
+    @property
+    def paper_fps(self) -> int | None:
+        """What the paper reports of this K on a TITAN X; None in other sections."""
+        return PAPER_FPS[self.setting.k] if self.section == "k" else None
 
     @property
     def fps(self) -> float:
@@ -109,9 +115,32 @@ def synthetic_clip(count: int = 30, size: tuple[int, int] = (1280, 720)) -> Clip
 
 
 def peak_memory_mb() -> float:
-    """The most this process has had resident so far (ru_maxrss), MiB."""
+    """The most this process has had resident so far, MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would be the parent's, where that had more before it started this process
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
+
+
+def resident_mb() -> float:
+    """What this process has resident now, MiB; the peak where the system does not say."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return peak_memory_mb()
+    return int(status.read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+class Peak(NamedTuple):
+    """Memory of a process that does nothing but track, MiB."""
+
+    name: str
+    start: float
+    """Resident before the network was loaded: Python, PyTorch, OpenCV and the clip."""
+    peak: float
+    """The most that was resident."""
+    device: float
+    """The most that PyTorch held on the GPU; 0 without one."""
 
 
 class Run(Protocol):
@@ -166,6 +195,7 @@ class Bench:
         self.clip, self.base, self.frames = clip, base, frames
         self._nano_dir, self._say = nano_dir, say
         self.rows: list[Row] = []
+        self.peaks: list[Peak] = []
         self._folder = tempfile.TemporaryDirectory(prefix="dmv_fast_bench_")
 
     def k(self) -> None:
@@ -199,12 +229,12 @@ class Bench:
         runs, settings = {}, {}
         for n in TARGETS:
             setting = replace(self.base, targets=n)
-            boxes = self._boxes(n)
-            for name, trackers in (
-                (f"{n} in one call", [self._multi(setting, boxes)]),
-                (f"{n} trackers", [self._full(setting, box) for box in boxes]),
+            singles = [self._full(setting, box) for box in self._boxes(n)]
+            for name, run in (
+                (f"{n} in one call", Still([self._multi(setting)], self.clip)),
+                (f"{n} trackers", Still(singles, self.clip)),
             ):
-                runs[name], settings[name] = Still(trackers, self.clip), setting
+                runs[name], settings[name] = run, setting
         for name, times in self._in_turns(runs).items():
             self._add("targets", name, settings[name], times)
 
@@ -226,17 +256,43 @@ class Bench:
             for stage, times in stage_times(self.frame_step(setting), self.clip, self.frames).items():
                 self._add("stages", f"{stage} K={k}", setting, times)
 
-    def endurance(self, frames: int) -> None:
-        """One tracker that follows, and remembers every 30th frame, for long: does memory stay flat?"""
+    def peak(self) -> None:
+        """The most memory that tracking takes, each setting in a process of its own."""
+        base = replace(self.base, targets=1)
+        settings = {
+            f"T={base.memory} K={base.k}": base,
+            f"T={max(MEMORY_FRAMES)}": replace(base, memory=max(MEMORY_FRAMES)),
+            f"{max(TARGETS)} targets": replace(base, targets=max(TARGETS)),
+            "reference": replace(base, dtype="float32", backend="reference"),
+            "dmv50": replace(base, weights=None, backbone="resnet50"),
+            "dmv18 grid 32": replace(base, weights=None, grid=32),
+        }
+        for name, setting in settings.items():
+            setting = replace(setting, weights=self._weights(setting))
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=context) as process:
+                peak = process.submit(peak_of, name, setting, torch.get_num_threads()).result()
+            self.peaks.append(peak)
+            self._say(
+                f"{'peak':<10} {name:<16} {peak.peak:8.0f} MB resident, {peak.start:.0f} of them before the "
+                f"network  device {peak.device:.0f} MB"
+            )
+
+    def follower(self, policy: MemoryPolicy) -> FastDMVTracker:
+        """A tracker of the base setting, started on the clip, that remembers by that policy.
+
+        It takes what it finds for its target, whatever the score, so that its work is that of a good day.
+        """
         tracker = self._tracker(self.base)
-        tracker.config = replace(tracker.config, policy=MemoryPolicy(interval=30, threshold=0.0))
-        run, times, resident = Follow(tracker, self.clip), [], []
-        run.prepare(0)
-        for i in range(frames):
-            times.append(_take(run, i)[1])
-            if (i + 1) % max(1, frames // 10) == 0:
-                resident.append(f"{_resident_mb():.0f}")
-        self._add("endurance", f"{frames} frames", self.base, times, f"resident MB {' '.join(resident)}")
+        tracker.config = replace(tracker.config, policy=policy, found_score=0.0, refound_score=0.0)
+        tracker.init(self.clip.frames[0], self.clip.box)
+        return tracker
+
+    def run_of(self, setting: Setting) -> Still:
+        """One tracker, or a MultiTracker where the setting has several targets; memory full."""
+        if setting.targets > 1:
+            return Still([self._multi(setting)], self.clip)
+        return Still([self._full(setting, self.clip.box)], self.clip)
 
     def frame_step(self, s: Setting) -> FrameStep:
         """What runs a frame of that setting, its memory full."""
@@ -253,21 +309,18 @@ class Bench:
 
     # ---- how -----------------------------------------------------------------------------------------
 
-    def _add(
-        self, section: str, name: str, setting: Setting | None, times: list[Taken], note: str = ""
-    ) -> None:
-        row = Row(section, name, setting, times, note or f"peak {peak_memory_mb():.0f} MB")
+    def _add(self, section: str, name: str, setting: Setting | None, times: list[Taken]) -> None:
+        row = Row(section, name, setting, times)
         self.rows.append(row)
-        p50, p99 = row.percentile(50), row.percentile(99)
+        p50, p95, p99 = (row.percentile(q) for q in (50, 95, 99))
+        paper = "" if row.paper_fps is None else f"  paper {row.paper_fps} FPS"
         self._say(
-            f"{section:<10} {name:<16} p50 {p50:8.2f} ms  p99 {p99:8.2f} ms  {row.fps:7.1f} FPS  "
-            f"processor {row.processor:8.2f} ms  {row.note}"
+            f"{section:<10} {name:<16} p50 {p50:8.2f}  p95 {p95:8.2f}  p99 {p99:8.2f} ms  "
+            f"{row.fps:7.1f} FPS  processor {row.processor:8.2f} ms{paper}"
         )
 
     def _compare(self, section: str, settings: Mapping[str, Setting]) -> None:
-        runs = {
-            name: Still([self._full(setting, self.clip.box)], self.clip) for name, setting in settings.items()
-        }
+        runs = {name: self.run_of(setting) for name, setting in settings.items()}
         for name, times in self._in_turns(runs).items():
             self._add(section, name, settings[name], times)
 
@@ -297,26 +350,26 @@ class Bench:
         self._fill(tracker, setting.memory)
         return tracker
 
-    def _multi(self, s: Setting, boxes: list[Box]) -> MultiTracker:
+    def _multi(self, s: Setting) -> MultiTracker:
         config = TrackerConfig(s.memory)
         tracker = MultiTracker(
             self._weights(s), s.k, s.device, s.dtype, s.backend, config, capacity=s.targets
         )
-        for box in boxes:
+        for box in self._boxes(s.targets):
             tracker.add(self.clip.frames[0], box)
         self._fill(tracker, s.memory)
         return tracker
 
     def _fill(self, tracker: FastDMVTracker | MultiTracker, frames: int) -> None:
-        """Remember every frame until the memory is full, then none; no box moves."""
-        always, never = (
-            MemoryPolicy(interval=1, threshold=0.0),
-            MemoryPolicy(interval=1, threshold=_NOT_FOUND),
-        )
-        tracker.config = replace(tracker.config, policy=always, found_score=_NOT_FOUND)
-        for i in range(frames - 1):
-            tracker.track(self.clip.frames[i % len(self.clip.frames)])
-        tracker.config = replace(tracker.config, policy=never)
+        """Remember every frame until the memory is full, then none; no box moves, no search widens."""
+        places = len(tracker) if isinstance(tracker, MultiTracker) else 1
+        stay = {"found_score": _NOT_FOUND, "refound_score": _NOT_FOUND, "search_most": 1.0, "search_rings": 0}
+        never = MemoryPolicy(interval=1, threshold=_NOT_FOUND)
+        tracker.config = replace(tracker.config, policy=never, **stay)
+        for i in range(1, frames):
+            tracker.track(self.clip.frames[(i - 1) % len(self.clip.frames)])
+            for place in range(places):  # past the tracker, which remembers nothing that it has not found
+                tracker._frames.write(place, i)
 
     def _boxes(self, count: int) -> list[Box]:
         height, width = self.clip.frames[0].shape[:2]
@@ -356,14 +409,20 @@ def stage_times(step: FrameStep, clip: Clip, frames: int) -> dict[str, list[Take
     return {name: taken[_WARM_UP:] for name, taken in times.items()}
 
 
+def peak_of(name: str, setting: Setting, threads: int) -> Peak:
+    """Fill the memory of a setting, track a few frames, and say what this process took."""
+    torch.set_num_threads(threads)
+    clip = synthetic_clip()
+    start = resident_mb()
+    bench = Bench(clip, setting, frames=2)
+    run = bench.run_of(setting)
+    for i in range(_WARM_UP):
+        run(i)
+    device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else 0.0
+    return Peak(name, start, peak_memory_mb(), device)
+
+
 def _take(work: Callable, *args) -> tuple[object, Taken]:
     clock, processor = time.perf_counter(), time.process_time()
     result = work(*args)
     return result, Taken((time.perf_counter() - clock) * 1e3, (time.process_time() - processor) * 1e3)
-
-
-def _resident_mb() -> float:
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        return peak_memory_mb()
-    return int(status.read_text().split()[1]) * resource.getpagesize() / 2**20

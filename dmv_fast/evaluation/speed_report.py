@@ -1,14 +1,15 @@
-"""What `speed` measured, as files: frame.csv, machine.json and plots."""
+"""What `speed` measured, as files: tables (CSV, Markdown), machine.json and plots."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
+import io
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import cv2
 import numpy as np
 import torch
 
-from dmv_fast.evaluation.speed import CANDIDATES, PAPER_FPS, Row
+from dmv_fast.evaluation.results import write_text
+from dmv_fast.evaluation.speed import Bench, Peak, Row, Setting
 
 _STAGES = ("crop", "backbone", "retrieve", "gather", "vote", "head", "box", "write")
 _COLUMNS = (
@@ -29,27 +31,81 @@ _COLUMNS = (
     "processor_ms",
     "fps",
     "frames",
-    "note",
+    "paper_fps",
 )
+
+
+TIMED = "image in to box out, the device waited for; decoding excluded"
+
+
+def write(bench: Bench, facts: dict[str, object], out: Path) -> None:
+    """frame.csv, peak.csv, frame.md, machine.json and the plots of what was measured so far into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_machine(facts, out / "machine.json")
+    if bench.peaks:
+        lines = [",".join(Peak._fields)]
+        lines += [",".join([peak.name, *(f"{v:.0f}" for v in peak[1:])]) for peak in bench.peaks]
+        write_text(out / "peak.csv", "\n".join(lines) + "\n")
+    if not bench.rows:
+        return
+    write_csv(bench.rows, out / "frame.csv")
+    write_text(out / "frame.md", markdown(bench, facts))
+    try:
+        plot(bench.rows, out)
+    except ImportError:
+        print("no plots: they need matplotlib (pip install 'dmv-fast[eval]')")
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
     """One line a row: times in ms a frame of all targets, FPS from the median, then the setting."""
-    with open(path, "w", newline="") as file:
-        writer = None
+    stream = io.StringIO()
+    setting_columns = [field.name for field in dataclasses.fields(Setting)]
+    writer = csv.DictWriter(stream, [*_COLUMNS, *setting_columns], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        times = {f"p{q}_ms": f"{row.percentile(q):.3f}" for q in (50, 95, 99)}
+        record = {"section": row.section, "name": row.name, **times}
+        record |= {"best_ms": f"{row.percentile(0):.3f}", "processor_ms": f"{row.processor:.3f}"}
+        record |= {"fps": f"{row.fps:.2f}", "frames": len(row.taken), "paper_fps": row.paper_fps or ""}
+        setting = dataclasses.asdict(row.setting) if row.setting else {}
+        if setting:
+            setting["weights"] = _name_of(row.setting)
+        writer.writerow(record | setting)
+    write_text(path, stream.getvalue())
+
+
+def markdown(bench: Bench, facts: dict[str, object]) -> str:
+    """The rows as tables for people, a section each."""
+    lines = [
+        f"Frames on {facts.get('gpu') or facts['processor']}, {facts['torch threads']} threads, "
+        f"{facts['dtype']}, commit {facts['commit']}, load {facts['load']}. Milliseconds a frame: "
+        f"{facts['timed']}; processor: of all cores together. The settings of a section took turns, frame by "
+        "frame. The networks are untrained where the table says so: their speed is no matter of weights."
+    ]
+    for section in dict.fromkeys(row.section for row in bench.rows):
+        rows = [row for row in bench.rows if row.section == section]
+        paper = ["paper, TITAN X"] if section == "k" else []
+        lines += _head([section, "p50", "p95", "p99", "best", "processor", "FPS", *paper])
         for row in rows:
-            times = {f"p{q}_ms": f"{row.percentile(q):.3f}" for q in (50, 95, 99)}
-            record = {"section": row.section, "name": row.name, **times}
-            record |= {"best_ms": f"{row.percentile(0):.3f}", "processor_ms": f"{row.processor:.3f}"}
-            record |= {"fps": f"{row.fps:.2f}", "frames": len(row.taken), "note": row.note}
-            setting = asdict(row.setting) if row.setting else {}
-            if setting:
-                setting["weights"] = Path(setting["weights"]).stem if setting["weights"] else "untrained"
-            if writer is None:
-                fields = [*_COLUMNS, "weights", "backbone", "grid", "k", "memory", "targets"]
-                writer = csv.DictWriter(file, [*fields, "device", "dtype", "backend"])
-                writer.writeheader()
-            writer.writerow(record | setting)
+            name = f"{row.name}, {_name_of(row.setting)}" if section == "network" else row.name
+            times = [f"{row.percentile(q):.2f}" for q in (50, 95, 99, 0)] + [f"{row.processor:.2f}"]
+            lines.append(_line([name, *times, f"{row.fps:.1f}", *([str(row.paper_fps)] if paper else [])]))
+    if bench.peaks:
+        lines += _head(["peak MB, a process each", "before the network", "peak", "GPU"])
+        lines += [_line([peak.name, *(f"{mb:.0f}" for mb in peak[1:])]) for peak in bench.peaks]
+    return "\n".join(lines) + "\n"
+
+
+def _head(cells: list[str]) -> list[str]:
+    return ["", _line(cells), _line(["---"] * len(cells))]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _name_of(setting: Setting) -> str:
+    return Path(setting.weights).stem if setting.weights else "untrained"
 
 
 def machine(device: torch.device) -> dict[str, object]:
@@ -58,7 +114,7 @@ def machine(device: torch.device) -> dict[str, object]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
-        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "load": [round(x, 1) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -70,13 +126,13 @@ def machine(device: torch.device) -> dict[str, object]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {"gpu": properties.name, "gpu memory GB": round(properties.total_memory / 2**30)}
-        facts |= {"cuda": torch.version.cuda, "gpu peak MB": round(torch.cuda.max_memory_allocated() / 2**20)}
+        facts["cuda"] = torch.version.cuda
     return facts
 
 
 def write_machine(facts: dict[str, object], path: Path) -> None:
     """facts as JSON."""
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
 def plot(rows: list[Row], out: Path) -> list[Path]:
@@ -90,61 +146,76 @@ def plot(rows: list[Row], out: Path) -> list[Path]:
     return written
 
 
-def _figure(xlabel: str, ylabel: str, title: str):
+def _figure(title: str, width: float = 6.0, columns: int = 1):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(1, columns)
+
+
+def _label(axes, xlabel: str, ylabel: str = "") -> None:
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(True, color="0.9")
-    return figure, axes
 
 
 def _save(figure, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     return path
 
 
-def _plot_candidates(rows: list[Row], path: Path) -> Path:
-    figure, axes = _figure("candidates K", "speed relative to K = 1", "Frame rate against K")
-    for name, fps in (("here", [row.fps for row in rows]), ("paper (TITAN X)", list(PAPER_FPS.values()))):
-        axes.plot(
-            CANDIDATES,
-            [f / fps[0] for f in fps],
-            marker="o",
-            label=f"{name}: {fps[0]:.0f} to {fps[-1]:.0f} FPS",
-        )
+def _plot_percentiles(axes, x: list[int], rows: list[Row]) -> None:
+    for label, q in (("median", 50), ("95th percentile", 95), ("99th percentile", 99)):
+        axes.plot(x, [row.percentile(q) for row in rows], marker="o", label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(CANDIDATES, [str(k) for k in CANDIDATES])
-    axes.set_ylim(0, 1.1)
-    axes.legend()
+    axes.set_xticks(x, [str(v) for v in x])
+    axes.set_ylim(0)
+
+
+def _plot_candidates(rows: list[Row], path: Path) -> Path:
+    """Left the latency, the paper's on a TITAN X beside it; right how much of K = 1's rate is left."""
+    figure, (left, right) = _figure("A frame against the candidates K", 10, 2)
+    k, paper = [row.setting.k for row in rows], [row.paper_fps for row in rows]
+    _plot_percentiles(left, k, rows)
+    left.plot(k, [1000 / fps for fps in paper], "k--", marker="s", label="paper, TITAN X")
+    _label(left, "K", "ms a frame")
+    left.legend()
+    for name, style, fps in (("here", "C0", [row.fps for row in rows]), ("paper, TITAN X", "k--", paper)):
+        label = f"{name}: {fps[0]:.0f} to {fps[-1]:.0f} FPS"
+        right.plot(k, [f / fps[0] for f in fps], style, marker="o", label=label)
+    right.set_xscale("log", base=2)
+    right.set_xticks(k, [str(v) for v in k])
+    right.set_ylim(0)
+    _label(right, "K", "speed relative to K = 1")
+    right.legend()
     return _save(figure, path)
 
 
 def _plot_memory(rows: list[Row], path: Path) -> Path:
-    figure, axes = _figure("frames remembered T", "ms a frame", "Latency against memory")
-    frames = [row.setting.memory for row in rows]
-    for label, q in (("median", 50), ("99th percentile", 99)):
-        axes.plot(frames, [row.percentile(q) for row in rows], marker="o", label=label)
-    axes.set_ylim(0)
+    figure, axes = _figure("A frame against the memory")
+    _plot_percentiles(axes, [row.setting.memory for row in rows], rows)
+    _label(axes, "frames remembered T", "ms a frame")
     axes.legend()
     return _save(figure, path)
 
 
 def _plot_stages(rows: list[Row], path: Path) -> Path:
-    """A bar a K, stage after stage; writing, which is every 30th frame at most, stands apart."""
-    figure, axes = _figure("ms, medians", "", "Where a frame's time goes")
+    """A bar a K, stage after stage; `write`, every 30th frame at most, is last and hatched."""
+    figure, axes = _figure("Where a frame's time goes, each stage waited for", 8)
     labels = sorted({row.name.split()[1] for row in rows}, key=lambda k: int(k[2:]), reverse=True)
     for label in labels:
         start = 0.0
         for i, stage in enumerate(_STAGES):
             time = next(r.percentile(50) for r in rows if r.name == f"{stage} {label}")
-            axes.barh(label, time, left=start, color=f"C{i}", label=stage if label == labels[0] else None)
+            legend = stage if label == labels[0] else None
+            hatch = "//" if stage == "write" else None
+            axes.barh(label, time, left=start, color=f"C{i}", label=legend, hatch=hatch)
             start += time
-    axes.legend(ncols=4, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    _label(axes, "ms, medians; hatched: only where a frame is remembered, every 30th at most")
+    figure.legend(ncols=len(_STAGES), fontsize="small", loc="outside lower center")
     return _save(figure, path)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dmv_fast.model.backbone import Backbone
 from dmv_fast.model.head import BoxHead
 from dmv_fast.model.memory import MemoryBank, ValueEncoder
-from dmv_fast.model.retrieval import MemoryRead
+from dmv_fast.model.retrieval import MemoryRead, Similarity, SoftmaxRead
+from dmv_fast.model.voting import CandidateMlp, VotingNet
 from dmv_fast.vision import boxes
 from dmv_fast.vision.crop import CROP_SIZE
 
@@ -37,8 +38,18 @@ class DMVConfig:
     anchor_ratios: tuple[float, ...] = (1 / 3, 1 / 2, 1.0, 2.0, 3.0)
     """Height over width of the A anchors of a location."""
     anchor_side: float = 64.0
+    reader: str = "vote"
+    """Or "mlp" (top-k + MLP) or "softmax", for the paper's Table 1; the fast path knows "vote" alone."""
+    score_use: str = "renormalised"
+    """Or "none", the paper's: candidates do not carry their score (see MemoryRead; fast path: not known)."""
 
     def __post_init__(self) -> None:
+        for name, allowed in (
+            ("reader", ("vote", "mlp", "softmax")),
+            ("score_use", ("renormalised", "none")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
         if not 1 <= self.candidates <= 32:
             raise ValueError(f"candidates (K) is {self.candidates}; it must be 1 to 32")
 
@@ -68,9 +79,7 @@ class DMV(nn.Module):
         self.backbone = Backbone(
             config.backbone, grid=config.grid, key_dim=config.key_dim, unit_scale=unit_scale
         )
-        self.read = MemoryRead(
-            config.key_dim, config.value_dim, config.vote_dim, config.heads, config.similarity
-        )
+        self.read = _read(config)
         self.head = BoxHead(config.key_dim, config.value_dim, A)
         self.value_encoder = ValueEncoder(config.key_dim, config.value_dim, A)
         anchors = boxes.anchor_grid(config.grid, CROP_SIZE, config.anchor_ratios, config.anchor_side)
@@ -124,3 +133,13 @@ class DMV(nn.Module):
     def decode(self, deltas: Tensor) -> Tensor:
         """Deltas (B, A, 4, H, W) -> boxes (B, A, H, W, 4) xywh in crop pixels."""
         return boxes.decode(deltas.movedim(2, -1), self.anchors)
+
+
+def _read(config: DMVConfig) -> Similarity:
+    """The memory read that a configuration asks for."""
+    if config.reader == "softmax":
+        return SoftmaxRead(config.value_dim, config.similarity)
+    return MemoryRead(
+        config.key_dim, config.value_dim, config.vote_dim, config.heads, config.similarity,
+        voting=CandidateMlp if config.reader == "mlp" else VotingNet, score_use=config.score_use,
+    )  # fmt: skip

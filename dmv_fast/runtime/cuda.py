@@ -2,129 +2,178 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dmv_fast.model.dmv import Prediction
 from dmv_fast.model.pick import PickConfig
+from dmv_fast.runtime import hardware
 from dmv_fast.runtime.frame import FrameStep
 from dmv_fast.runtime.network import FastNetwork
+from dmv_fast.runtime.trunk import GPU_CHANNELS
 from dmv_fast.vision.crop import CROP_SIZE, MEAN, Window, cut, mean_colour
 
-_LARGEST = (
-    1024  # side of a window that is uploaded whole, 3 MB; a larger one is made 256 x 256 on the CPU first
-)
+_LARGEST = 1024  # side of a window that goes up whole, 3 MB; of a larger one, what is left at 256 x 256
+_MOST = 24 << 20  # bytes of all windows of a frame; those that do not fit go up at 256 x 256, too
+_CROP_BYTES = 3 * CROP_SIZE**2
 _FIELDS = 9  # int32 a place: the 7 that kernels/crop.py wants of a window, then the target's size as float32
 _WARM_UP = 3  # runs before a capture: kernels are compiled and convolutions chosen in them
 
-
-class _Recorded(NamedTuple):
-    step: Callable[[], None]
-    write: Callable[[], None]
-    seen: tuple[Tensor, Tensor, Tensor]
+# A process captures one graph at a time; what waits for the whole device must not meet a capture either.
+_capturing = threading.RLock()
 
 
 class CudaFrameStep(FrameStep):
-    """FrameStep whose device work, for each number of places in use, is recorded once and replayed.
+    """FrameStep whose device work is recorded once, for a number of places, and replayed.
 
-    What a replay reads lies in buffers that never move: `_inbox` (windows, sizes, pixels), `_order` (which
-    place is remembered in which slot) and the ring; `_answer` is what it says. The first `start` compiles.
+    What a replay reads and writes lies in buffers that never move: `_inbox` (windows, sizes, pixels), the
+    ring, `_order` (which place is remembered in which slot), `_maps`, `_scores` and `_deltas` (what was seen)
+    and `_answer`. It runs on the caller's current stream. The first `start` compiles and records.
     """
 
     def __init__(self, network: FastNetwork, *, k: int, capacity: int, pick: PickConfig, targets: int = 1):
-        super().__init__(network, k=k, capacity=capacity, pick=pick, targets=targets)
-        self._allocate(targets)
+        self._fused = hardware.triton_runs(network.device)
+        with torch.inference_mode():
+            super().__init__(network, k=k, capacity=capacity, pick=pick, targets=targets)
+            self._allocate(targets)
 
     def _allocate(self, targets: int) -> None:
-        device = self.network.device
-        self._header = targets * _FIELDS * 4
-        size = self._header + targets * 3 * _LARGEST**2
-        self._outbox = _host(size, torch.uint8, device)
-        self._inbox = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._order_out = _host(targets * 3, torch.int64, device).view(targets, 3)
-        self._order = torch.zeros(3, dtype=torch.int64, device=device)
+        device, c = self.network.device, self.network.model.config
+        anchors = len(c.anchor_ratios)
+        self._pixels_at = -(-targets * _FIELDS * 4 // 256) * 256  # of the inbox: behind the header, aligned
+        room = max(targets * _CROP_BYTES, min(targets * 3 * _LARGEST**2, _MOST))
+        self._outbox = _host(self._pixels_at + room, torch.uint8, device)
+        self._inbox = torch.zeros(self._pixels_at + room, dtype=torch.uint8, device=device)
+        self._header = self._inbox[: targets * _FIELDS * 4].view(torch.int32).view(targets, _FIELDS)
+        crop = (targets, CROP_SIZE, CROP_SIZE, GPU_CHANNELS)
+        self._crops = torch.zeros(crop, dtype=self.network.dtype, device=device)
+        self._mean = 255 * torch.tensor(MEAN[::-1], device=device)
+        self._maps = self.network.new_maps(targets).zero_()
+        self._scores = torch.zeros(targets, anchors, c.grid, c.grid, device=device)
+        self._deltas = torch.zeros(targets, anchors, 4, c.grid, c.grid, device=device)
         self._answer = torch.zeros(targets, 5, device=device)
         self._answer_in = _host(targets * 5, torch.float32, device).view(targets, 5)
-        self._mean = 255 * torch.tensor(MEAN[::-1], device=device)
-        self._recorded: dict[int, _Recorded] = {}
+        self._order = torch.zeros(3, dtype=torch.int64, device=device)
+        self._steps: dict[int, Callable[[], None]] = {}
+        self._write: Callable[[], None] | None = None
+        self._pool = None  # of the graphs: they never run at the same time and leave nothing in it
 
     def crops(self, image: np.ndarray, windows: Sequence[Window]) -> Tensor:
-        """The windows' pixels less the mean colour: (n, 256, 256, 3) in the network's dtype."""
-        self._upload(image, windows, np.ones((len(windows), 2)))
-        return self._cut(len(windows))
+        """The windows' pixels on the device, as the network takes them; good until the next crops or step."""
+        with torch.inference_mode():
+            self._upload(image, windows, np.ones((len(windows), 2)))
+            crops = self._cut(len(windows))
+            self._wait()  # the outbox may be written again
+            return crops
 
     def start(self, target: int, image: np.ndarray, window: Window, box: Sequence[float]) -> None:
-        super().start(target, image, window, box)
-        self._record(1)
+        with _capturing, torch.inference_mode():
+            self._recorded_write()  # before anything else, so that convolutions are chosen here ...
+            self._recorded_step(target + 1)  # ... and not in the middle of a video
+            super().start(target, image, window, box)
+            self._seen = None
 
     def step(self, image: np.ndarray, windows: Sequence[Window], sizes: np.ndarray) -> np.ndarray:
-        n = len(windows)
-        recorded = self._record(n)
-        self._upload(image, windows, sizes)
-        recorded.step()
-        self._seen = recorded.seen
-        self._answer_in.copy_(self._answer, non_blocking=True)
-        torch.cuda.current_stream(self.network.device).synchronize()
-        return self._answer_in[:n].double().numpy()
+        with torch.inference_mode():
+            run = self._recorded_step(len(windows))
+            self._upload(image, windows, sizes)
+            run()
+            self._seen = self._maps, self._scores, self._deltas
+            self._answer_in.copy_(self._answer, non_blocking=True)
+            self._wait()
+            return self._answer_in[: len(windows)].double().numpy()
 
     def write(self, target: int, frame: int) -> bool:
         assert self._seen is not None, "write before step"
-        slot = self.memory.claim(target, frame)
-        if slot is None:
-            return False
-        order = self._order_out[target]  # each place's own: the copies of others may still be under way
-        order[:] = torch.tensor([target, slot, self.memory.banks[target].valid])
-        self._order.copy_(order, non_blocking=True)
-        self._record(len(self._seen[0])).write()
-        return True
+        with torch.inference_mode():
+            run = self._recorded_write()
+            slot = self.memory.claim(target, frame)
+            if slot is None:
+                return False
+            for place, number in enumerate((target, slot, self.memory.banks[target].valid)):
+                self._order[place].fill_(number)
+            run()
+            return True
 
     def clone(self) -> CudaFrameStep:
         other = copy.copy(self)
         with torch.inference_mode():
             other.memory = self.memory.clone()
             other._allocate(len(self.memory.banks))
-        other._seen = None
+            for name in ("_maps", "_scores", "_deltas"):
+                getattr(other, name).copy_(getattr(self, name))
+        if self._seen is not None:
+            other._seen = other._maps, other._scores, other._deltas
         return other
 
-    # ---- to the device -------------------------------------------------------------------------------
+    def choose(self, maps: Tensor, prediction: Prediction, sizes: Tensor) -> Tensor:
+        n, seen = len(sizes), (self._maps, self._scores, self._deltas)
+        if self._fused:
+            from dmv_fast.kernels.choose import choose
+
+            anchors = self.network.model.anchors
+            out = self._answer[:n], self._scores[:n], self._deltas[:n]
+            choose(*prediction, anchors, self._window, sizes, self.pick, *out)
+        else:
+            self._answer[:n] = super().choose(maps, prediction, sizes)
+            self._scores[:n], self._deltas[:n] = self._seen[1:]
+        if maps.data_ptr() != self._maps.data_ptr():
+            self._maps[:n] = maps
+        self._seen = seen
+        return self._answer[:n]
+
+    # ---- to the device and back ----------------------------------------------------------------------
 
     def _upload(self, image: np.ndarray, windows: Sequence[Window], sizes: np.ndarray) -> None:
-        """Windows, sizes and the pixels that the windows hold, in one copy."""
-        outbox, end = self._outbox.numpy(), self._header
-        header = outbox[: self._header].view(np.int32).reshape(-1, _FIELDS)
-        for place, window in enumerate(windows):
-            pixels, fields = _patch(image, window)
-            outbox[end : end + pixels.size].reshape(pixels.shape)[:] = pixels
-            header[place, :7] = (end - self._header, *fields)
-            end += pixels.size
+        """Windows, sizes and the pixels that the windows hold, in one copy. The outbox must be free."""
+        outbox, end = self._outbox.numpy(), self._pixels_at
+        header = outbox[: self._header.nbytes].view(np.int32).reshape(self._header.shape)
+        header[:] = 0
         header[: len(windows), 7:] = np.asarray(sizes, np.float32).view(np.int32)
+        fill = functools.cache(lambda: _colour(image))
+        for place, window in enumerate(windows):
+            others = (len(windows) - 1 - place) * _CROP_BYTES
+            room = len(outbox) - end - others if self._fused else 0
+            pixels, fields = _patch(image, window, room, fill)
+            outbox[end : end + pixels.size].reshape(pixels.shape)[:] = pixels
+            header[place, :7] = (end - self._pixels_at, *fields)
+            end += pixels.size
         self._inbox[:end].copy_(self._outbox[:end], non_blocking=True)
+
+    def _wait(self) -> None:
+        """Until what this object was asked for is done; other work on the stream is not waited for."""
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self.network.device))
+        done.synchronize()
 
     # ---- on the device -------------------------------------------------------------------------------
 
     def _cut(self, n: int) -> Tensor:
+        if not self._fused:  # they came at their final size
+            crops = self._inbox[self._pixels_at : self._pixels_at + n * _CROP_BYTES]
+            return crops.view(n, CROP_SIZE, CROP_SIZE, 3)
         from dmv_fast.kernels.crop import crop
 
-        header = self._inbox[: self._header].view(torch.int32).view(-1, _FIELDS)
-        size = (n, CROP_SIZE, CROP_SIZE, 3)
-        pixels = torch.empty(size, dtype=self.network.dtype, device=self.network.device)
-        crop(self._inbox[self._header :], header[:n], self._mean, pixels)
-        return pixels
+        crop(self._inbox[self._pixels_at :], self._header[:n], self._mean, self._crops[:n])
+        return self._crops[:n]
 
-    def _run(self, n: int) -> None:
-        header = self._inbox[: self._header].view(torch.float32).view(-1, _FIELDS)
+    def _look(self, n: int) -> None:
         network, memory = self.network, self.memory
-        maps = network.look(self._cut(n))
-        valid = memory.valid[:n]
-        prediction = network.predict(maps, memory.keys[:n], memory.values[:n], self.k, valid)
-        self._answer[:n] = self.choose(maps, prediction, header[:n, 7:])
+        maps = network.look(self._cut(n), self._maps[:n])
+        keys, values, valid = memory.keys[:n], memory.values[:n], memory.valid[:n]
+        prediction = network.predict(maps, keys, values, self.k, valid)
+        self.choose(maps, prediction, self._header.view(torch.float32)[:n, 7:])
 
-    def _remember(self, seen: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _remember(self) -> None:
         target, slot, valid = self._order.split(1)
+        seen = self._maps, self._scores, self._deltas
         keys, values = self.network.remember(*(part.index_select(0, target) for part in seen))
         memory = self.memory
         for storage, new in ((memory.keys, keys), (memory.values, values)):
@@ -132,34 +181,74 @@ class CudaFrameStep(FrameStep):
             slots.index_put_((target, slot), new)
         memory.valid.index_copy_(0, target, valid.int())
 
-    def _record(self, n: int) -> _Recorded:
-        if n not in self._recorded:
-            with torch.inference_mode():
-                step = record(lambda: self._run(n), self.network.device)
-                seen = self._seen
-                assert seen is not None
-                memory = self.memory.clone()  # what is run before a capture writes to the ring
-                write = record(lambda: self._remember(seen), self.network.device)
-                for name in ("keys", "values", "valid"):
-                    getattr(self.memory, name).copy_(getattr(memory, name))
-            self._recorded[n] = _Recorded(step, write, seen)
-        return self._recorded[n]
+    # ---- recorded ------------------------------------------------------------------------------------
+
+    def _recorded_step(self, n: int) -> Callable[[], None]:
+        """What does n places, and maybe some more whose answers nobody reads."""
+        n = min(_served(n), len(self.memory.banks))
+        if n not in self._steps:
+            self._steps[n] = self._record(lambda: self._look(n))
+        return self._steps[n]
+
+    def _recorded_write(self) -> Callable[[], None]:
+        if self._write is None:
+            memory = self.memory
+            rows = slice(memory.locations)  # place 0, slot 0: where runs before the capture write
+            touched = memory.keys[0, rows], memory.values[0, rows], memory.valid
+            kept = [part.clone() for part in touched]
+            self._order.zero_()
+            self._write = self._record(self._remember)
+            for part, content in zip(touched, kept, strict=True):
+                part.copy_(content)
+        return self._write
+
+    def _record(self, work: Callable[[], None]) -> Callable[[], None]:
+        with _capturing:
+            if self._pool is None:
+                self._pool = _new_pool()
+            return record(work, self.network.device, self._pool)
 
 
-def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def record(work: Callable[[], None], device: torch.device, pool: object) -> Callable[[], None]:
     """work as one CUDA graph: calling what is returned does it again, on whatever its buffers hold then."""
-    stream, outer = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(outer)
+    stream, outer = _capture_stream(device), torch.cuda.current_stream(device)
     graph = torch.cuda.CUDAGraph()
-    # Convolutions are timed against each other before the capture; the user's own setting stays as it is.
-    choosing = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False)
-    with torch.cuda.stream(stream), choosing:
-        for _ in range(_WARM_UP):
-            work()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    stream.wait_stream(outer)
+    with torch.cuda.stream(stream):
+        with _choosing_convolutions():
+            for _ in range(_WARM_UP):
+                work()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             work()
     outer.wait_stream(stream)
     return graph.replay
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority, so that it is none of those PyTorch hands out: work of others would be captured."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _new_pool() -> object:
+    return torch.cuda.graph_pool_handle()
+
+
+@contextlib.contextmanager
+def _choosing_convolutions() -> Iterator[None]:
+    """cuDNN times its algorithms against each other; afterwards it is as the user had it."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _served(n: int) -> int:
+    """1, 2, 3, 4, 6, 8, 12, 16, 24 ..: recording takes a moment, so one graph serves several numbers."""
+    power = 1 << (n - 1).bit_length()
+    return 3 * power // 4 if power >= 4 and 4 * n <= 3 * power else power
 
 
 def _host(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -167,16 +256,24 @@ def _host(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
 
 
-def _patch(image: np.ndarray, window: Window) -> tuple[np.ndarray, tuple[int, ...]]:
-    """What of a window lies in the frame (h, w, 3); its w, h, left, top, its side, the fill colour."""
-    if window.side > _LARGEST:
-        return cut(image, window), (CROP_SIZE, CROP_SIZE, 0, 0, CROP_SIZE, 0)
+def _patch(
+    image: np.ndarray, window: Window, room: int, fill: Callable[[], int]
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """What of a window lies in the frame (h, w, 3); its w, h, left, top, its side, the fill colour.
+
+    Made 256 x 256 here already where it is very large or takes more than `room` bytes.
+    """
     height, width = image.shape[:2]
     left, top = (min(max(at, 0), end) for at, end in ((window.x0, width), (window.y0, height)))
     right = min(max(window.x0 + window.side, left), width)
     bottom = min(max(window.y0 + window.side, top), height)
-    fill = 0
-    if right - left < window.side or bottom - top < window.side:
-        fill = sum(int(colour) << (8 * i) for i, colour in enumerate(mean_colour(image).round()))
-    fields = (right - left, bottom - top, left - window.x0, top - window.y0, window.side, fill)
-    return image[top:bottom, left:right], fields
+    if window.side > _LARGEST or 3 * (right - left) * (bottom - top) > room:
+        return cut(image, window), (CROP_SIZE, CROP_SIZE, 0, 0, CROP_SIZE, 0)
+    inside = right - left == window.side and bottom - top == window.side
+    fields = (right - left, bottom - top, left - window.x0, top - window.y0, window.side)
+    return image[top:bottom, left:right], (*fields, 0 if inside else fill())
+
+
+def _colour(image: np.ndarray) -> int:
+    """The frame's mean colour as B + 256 G + 65536 R."""
+    return sum(int(colour) << (8 * i) for i, colour in enumerate(mean_colour(image).round()))

@@ -8,9 +8,10 @@ import threading
 import torch
 
 from dmv_fast.model.pick import PickConfig
+from dmv_fast.runtime import hardware
 from dmv_fast.runtime.frame import FrameStep
 from dmv_fast.runtime.network import FastNetwork, Network, PlainNetwork
-from dmv_fast.weights import load_model
+from dmv_fast.weights import find, load_model
 
 _lock = threading.Lock()
 
@@ -18,18 +19,27 @@ _lock = threading.Lock()
 def load_network(weights: str, device: torch.device, dtype: torch.dtype, backend: str) -> Network:
     """The network of a checkpoint; one copy for all trackers of a process.
 
-    float32 with the backend "reference" is the plain PyTorch network, everything else the folded one.
+    float32 with the backend "reference" is the plain PyTorch network, everything else the folded one; the
+    readers that exist for comparison (`DMVConfig.reader`, `score_use`) are plain, in float32, in any case.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     with _lock:
-        return _load(weights, device, dtype, backend)
+        return _load(weights, find(weights).stat().st_mtime_ns, device, dtype, backend)
 
 
 @functools.lru_cache(maxsize=8)
-def _load(weights: str, device: torch.device, dtype: torch.dtype, backend: str) -> Network:
+def _load(
+    weights: str, _written: int, device: torch.device, dtype: torch.dtype, backend: str
+) -> Network:  # _written: a checkpoint that training has replaced is another network
     model = load_model(weights, device=device)
-    if dtype == torch.float32 and backend == "reference":
+    for_comparison = model.config.reader != "vote" or model.config.score_use != "renormalised"
+    if for_comparison or (dtype == torch.float32 and backend == "reference"):
         return PlainNetwork(model, backend=backend)
-    return FastNetwork(model, dtype=dtype, device=device, backend=backend)
+    network = FastNetwork(model, dtype=dtype, device=device, backend=backend)
+    if device.type == "cuda":  # complete, also for another thread's stream
+        torch.cuda.current_stream(device).synchronize()
+    return network
 
 
 def make_frame_step(
@@ -37,6 +47,6 @@ def make_frame_step(
 ) -> FrameStep:
     """The FrameStep that is fastest for a network where it is. Arguments: FrameStep's."""
     kind = FrameStep
-    if network.device.type == "cuda" and isinstance(network, FastNetwork):
+    if hardware.on_gpu(network.device) and isinstance(network, FastNetwork):
         from dmv_fast.runtime.cuda import CudaFrameStep as kind
     return kind(network, k=k, capacity=capacity, pick=pick, targets=targets)

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dmv_fast import ops
 from dmv_fast.model.dmv import DMV, Prediction
@@ -14,6 +13,7 @@ from dmv_fast.model.head import BoxHead
 from dmv_fast.model.memory import ValueEncoder
 from dmv_fast.runtime.convolution import Convolution, run_chain
 from dmv_fast.runtime.fold import fold_vote
+from dmv_fast.runtime.rows import Projection, with_length
 from dmv_fast.runtime.trunk import Trunk
 from dmv_fast.runtime.vote import fused_vote
 from dmv_fast.vision.crop import normalise
@@ -75,18 +75,25 @@ class FastNetwork:
         self._trunk = Trunk(model.backbone, **where)
         self._vote = fused_vote(weights, **where)
         self._null = weights.null.to(device, dtype)
-        self._query_in = weights.query_in.to(device, dtype), weights.query_bias.to(device, dtype)
+        self._query_in = Projection(weights.query_in, weights.query_bias, **where)
         cosine = model.read.similarity == "cosine"
         self._temperature = float(model.read.log_temperature.exp()) if cosine else None
-        self._head = _fold_head(model.head, **where)
+        self._head, bias = _fold_head(model.head, **where)
+        self._head_bias = bias.float().to(device)[:, None, None]
         self._encoder = _Encoder(model.value_encoder, weights.value_in, **where)
 
-    def look(self, crops: Tensor) -> Tensor:
+    def look(self, crops: Tensor, maps: Tensor | None = None) -> Tensor:
+        """As Network.look; maps: where to put them, of the size of `new_maps`."""
         c = self.model.config
-        size = (crops.shape[0], c.grid, c.grid, c.key_dim + c.value_dim)
-        maps = torch.empty(size, dtype=self.dtype, device=self.device)
+        maps = self.new_maps(len(crops)) if maps is None else maps
         self._trunk(crops, maps[..., : c.key_dim])
         return maps
+
+    def new_maps(self, batch: int) -> Tensor:
+        """Room for the maps of that many crops, filled with anything."""
+        c = self.model.config
+        size = (batch, c.grid, c.grid, c.key_dim + c.value_dim)
+        return torch.empty(size, dtype=self.dtype, device=self.device)
 
     def predict(self, maps: Tensor, keys: Tensor, values: Tensor, k: int, valid: Tensor | int) -> Prediction:
         candidates = self.gather(maps, values, *self.match(maps, keys, k, valid))
@@ -102,17 +109,17 @@ class FastNetwork:
 
     def gather(self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
         """Their values and the location's own part: (B, M, K, C), by ops.gather_candidates."""
-        query_part = F.linear(self._features(maps), *self._query_in)
+        query_part = self._query_in(self._features(maps))
         return ops.gather_candidates(values, self._null, query_part, indices, scores)
 
     def vote(self, maps: Tensor, candidates: Tensor) -> None:
         """Candidates (B, M, K, C) agree on one value, put behind the features."""
-        maps.flatten(1, 2)[..., self.model.config.key_dim :] = self._vote(candidates)
+        self._vote(candidates, maps.flatten(1, 2)[..., self.model.config.key_dim :])
 
     def head(self, maps: Tensor) -> Prediction:
         """Features and retrieved values to logits and deltas, float32."""
         anchors = len(self.model.config.anchor_ratios)
-        answer = run_chain(self._head, maps.permute(0, 3, 1, 2)).float()
+        answer = run_chain(self._head, maps.permute(0, 3, 1, 2)) + self._head_bias
         return Prediction(answer[:, :anchors], answer[:, anchors:].unflatten(1, (anchors, 4)))
 
     def _features(self, maps: Tensor) -> Tensor:
@@ -120,31 +127,33 @@ class FastNetwork:
 
     def remember(self, maps: Tensor, scores: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
         features = maps[..., : self.model.config.key_dim]
-        scores = torch.where(scores < ValueEncoder.score_floor, 0.0, scores)
+        scores = scores.masked_fill(scores < ValueEncoder.score_floor, 0.0)
         soft = torch.cat([scores, deltas.flatten(1, 2)], 1).permute(0, 2, 3, 1).to(self.dtype)
         values = self._encoder(torch.cat([features, soft], -1).permute(0, 3, 1, 2))
         return self._unit(features.flatten(1, 2), 1.0), values
 
     def _unit(self, rows: Tensor, length: float | None) -> Tensor:
-        """rows (..., D) at that length ("cosine"), or as they are (None for "dot")."""
-        if self._temperature is None:
-            return rows.contiguous()
-        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
-        return (rows * (length / norm.clamp(min=1e-12))).to(self.dtype)
+        """rows (B, M, D) at that length ("cosine"), or as they are (None for "dot")."""
+        return rows.contiguous() if self._temperature is None else with_length(rows, length)
 
 
-def _fold_head(head: BoxHead, **where) -> list[Convolution]:
-    """Both branches side by side: (B, D + V, H, W) -> (B, A + 4 A, H, W), logits first."""
+def _fold_head(head: BoxHead, **where) -> tuple[list[Convolution], Tensor]:
+    """Both branches side by side: (B, D + V, H, W) -> (B, A + 4 A, H, W), logits first.
+
+    The last bias is left to be added, in float32.
+    """
     first, second, last = ([head.centre[i], head.box[i]] for i in (0, 2, 4))
 
     def both(layers: list) -> tuple[Tensor, Tensor]:
         return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
-    return [
+    weight, bias = _block_diagonal(*last)
+    convolutions = [
         Convolution(*both(first), relu=True, padding=1, **where),
         Convolution(*both(second), relu=True, padding=1, groups=2, **where),
-        Convolution(*_block_diagonal(*last), relu=False, **where),
+        Convolution(weight, None, relu=False, **where),
     ]
+    return convolutions, bias
 
 
 def _block_diagonal(a: nn.Conv2d, b: nn.Conv2d) -> tuple[Tensor, Tensor]:
@@ -163,11 +172,9 @@ class _Encoder:
         centred = conv.weight - conv.weight.mean(0), conv.bias - conv.bias.mean()
         first = Convolution.of(encoder.conv1, relu=True, **where)
         self._convolutions = [first, Convolution(*centred, relu=False, padding=conv.padding[0], **where)]
-        self._projection = (value_in * norm.weight).to(**where)
-        self._shift = (value_in @ norm.bias).to(**where)
-        self._epsilon = norm.eps
+        self._projection = Projection(
+            value_in * norm.weight, value_in @ norm.bias, epsilon=norm.eps, **where
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = run_chain(self._convolutions, x).permute(0, 2, 3, 1).flatten(1, 2)
-        scale = torch.rsqrt(y.float().square().mean(-1, keepdim=True) + self._epsilon)
-        return F.linear((y * scale).to(y.dtype), self._projection, self._shift)
+        return self._projection(run_chain(self._convolutions, x).permute(0, 2, 3, 1).flatten(1, 2))

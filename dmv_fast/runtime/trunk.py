@@ -7,12 +7,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmv_fast.model.backbone import Backbone, BasicBlock
+from dmv_fast.runtime import hardware
 from dmv_fast.runtime.convolution import Convolution, run_chain
 from dmv_fast.runtime.fold import fold_norm, fold_pixels
-from dmv_fast.vision.crop import MEAN, STD
+from dmv_fast.runtime.rows import join
+from dmv_fast.vision.crop import CROP_SIZE, MEAN, STD
 
-# Crops that go to layer3 together. More would push the large early maps out of the caches; what follows has
-# small maps and large weights and takes all crops at once (16 crops, one core with AMX: 162 ms, not 188).
+# Channels of a pixel on a GPU, the last of them zero: with 3, cuDNN would copy them into 8 by itself.
+GPU_CHANNELS = 8
+# Crops that go to layer3 together on a CPU. More would push the large early maps out of the caches; what
+# follows has small maps and large weights and takes all crops at once (16 crops, one core with AMX: 162 ms,
+# not 188).
 _TOGETHER = 4
 
 
@@ -23,48 +28,62 @@ class Block:
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if not isinstance(block, BasicBlock):
             pairs.append((block.conv3, block.bn3))
-        self._chain = [Convolution.of(conv, norm, relu=True, **where) for conv, norm in pairs]
+        *first, (last, last_norm) = pairs
+        self._chain = [Convolution.of(*pair, relu=True, **where) for pair in first]
+        weight, bias = fold_norm(last, last_norm)
         self._shortcut = None
         if isinstance(block.downsample, nn.Sequential):
-            self._shortcut = Convolution.of(*block.downsample, relu=False, **where)
+            conv, norm = block.downsample
+            across, shift = fold_norm(conv, norm)
+            # One of the two adds both biases: on a GPU the last, on a CPU the one that adds in float32.
+            total = bias + shift
+            bias, shift = (total, None) if hardware.on_gpu(where["device"]) else (None, total)
+            self._shortcut = Convolution(across, shift, relu=False, stride=conv.stride[0], **where)
+        geometry = {"padding": last.padding[0], "dilation": last.dilation[0]}
+        self._last = Convolution(weight, bias, relu=True, **geometry, **where)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, h, w); may write over x."""
-        y = x
-        for conv in self._chain[:-1]:
-            y = conv(y)
-        return self._chain[-1](y, x if self._shortcut is None else self._shortcut(x))
+        shortcut = x if self._shortcut is None else self._shortcut(x)
+        return self._last(run_chain(self._chain, x), shortcut)
 
 
 class Trunk:
     """The reference's Backbone, channels-last.
 
-    Batch norm is folded, and of `normalise` only the mean is left to be done.
+    Batch norm is folded, and of `normalise` only the mean is left to be done: in bfloat16 on a CPU the
+    nearest whole numbers, since whole numbers of 8 bits are exact there, and the rest is in conv1's bias.
     """
 
     def __init__(self, backbone: Backbone, *, dtype: torch.dtype, device: torch.device):
         where = {"dtype": dtype, "device": device}
         weight, bias = fold_norm(backbone.conv1, backbone.bn1)
-        self._mean = 255 * torch.tensor(MEAN[::-1], device=device)
-        self._conv1 = Convolution(fold_pixels(weight, STD), bias, relu=True, stride=2, padding=3, **where)
+        weight, mean = fold_pixels(weight, STD), 255 * torch.tensor(MEAN[::-1])
+        self._mean = mean.repeat(CROP_SIZE).to(device)
+        if device.type == "cpu" and dtype == torch.bfloat16:
+            self._mean = self._mean.round().to(dtype)
+            bias = bias + (weight.sum((2, 3)) * (mean.round() - mean)).sum(1)
+        self._gpu = hardware.on_gpu(device)
+        if self._gpu:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, GPU_CHANNELS - weight.shape[1]))
+        self._conv1 = Convolution(weight, bias, relu=True, stride=2, padding=3, **where)
         stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
         *self._stem, self._layer4 = ([Block(b, **where) for b in stage] for stage in stages)
-        self._necks = [_neck(neck, **where) for neck in (backbone.neck3, backbone.neck4)]
+        necks = backbone.neck3, backbone.neck4
+        self._necks = [_neck(neck, biased=not self._gpu, **where) for neck in necks]
+        self._neck_bias = torch.cat([neck[-1].bias for neck in necks]).to(device) if self._gpu else None
         self._unit_scale = backbone.unit_scale
         self._dtype = dtype
 
     def __call__(self, crops: Tensor, out: Tensor) -> None:
         """Features of crops (B, 256, 256, 3) uint8 BGR into out (B, H, W, D), rows of any stride."""
-        parts = [self._layer3(part) for part in crops.split(_TOGETHER)]
+        parts = [self._layer3(part) for part in crops.split(len(crops) if self._gpu else _TOGETHER)]
         x = parts[0] if len(parts) == 1 else torch.cat(parts)
-        half = out.shape[-1] // 2
-        out[..., :half] = run_chain(self._necks[0], x).permute(0, 2, 3, 1)
+        left = run_chain(self._necks[0], x).permute(0, 2, 3, 1)
         for block in self._layer4:
             x = block(x)
-        out[..., half:] = run_chain(self._necks[1], x).permute(0, 2, 3, 1)
-        if self._unit_scale:
-            mean_square = torch.linalg.vector_norm(out, dim=-1, keepdim=True, dtype=torch.float32).square_()
-            out *= torch.rsqrt_(mean_square.div_(out.shape[-1]).add_(1e-6))
+        right = run_chain(self._necks[1], x).permute(0, 2, 3, 1)
+        join(left, right, self._neck_bias, out, unit_scale=self._unit_scale)
 
     def _layer3(self, crops: Tensor) -> Tensor:
         """conv1 to layer3: (B, C3, 32, 32)."""
@@ -77,18 +96,23 @@ class Trunk:
     def pixels(self, crops: Tensor) -> Tensor:
         """uint8 BGR (B, S, S, 3) -> pixel - mean (B, 3, S, S), channels-last; the rest is in conv1.
 
-        Crops of the network's dtype are pixel - mean already (kernels/crop.py).
+        On a GPU it has GPU_CHANNELS. Crops of the network's dtype are all that already (kernels/crop.py).
         """
         if crops.dtype == self._dtype:
             return crops.permute(0, 3, 1, 2)
-        return (crops - self._mean).to(self._dtype).permute(0, 3, 1, 2)
+        rows = crops.flatten(2).to(self._mean.dtype).sub_(self._mean)  # whole rows: one long loop each
+        pixels = rows.to(self._dtype).view(crops.shape)
+        if self._gpu:
+            pixels = F.pad(pixels, (0, GPU_CHANNELS - crops.shape[-1]))
+        return pixels.permute(0, 3, 1, 2)
 
 
-def _neck(neck: nn.Sequential, **where) -> list[Convolution]:
+def _neck(neck: nn.Sequential, *, biased: bool, **where) -> list[Convolution]:
+    last = neck[6]
     return [
         Convolution.of(neck[0], neck[1], relu=True, **where),
         Convolution.of(neck[3], neck[4], relu=True, **where),
-        Convolution.of(neck[6], relu=False, **where),
+        Convolution(last.weight, last.bias if biased else None, relu=False, **where),
     ]
 
 

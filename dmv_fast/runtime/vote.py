@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmv_fast.ops import available_backends
+from dmv_fast.runtime import hardware
 from dmv_fast.runtime.fold import VoteWeights
 
 _FUSED_WIDTH = 64  # C of the fused kernels
@@ -37,18 +39,26 @@ def _heard(rows: Tensor, weights: VoteWeights) -> Tensor:
     return (attention @ rows.unsqueeze(2)).transpose(2, 3).flatten(3)
 
 
-def fused_vote(weights: VoteWeights, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The voting function rows -> retrieved values for this device, its weights brought into its layout."""
+def fused_vote(
+    weights: VoteWeights, dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor, Tensor], object]:
+    """The voting function of this device, its weights brought into its layout.
+
+    Called with rows (B, M, K, C) and where the retrieved values go: (B, M, V), rows of any stride.
+    """
     width, value_width = weights.mix.shape[0], weights.out.shape[0]
     fits = width == _FUSED_WIDTH and value_width % 32 == 0 and weights.heads in (2, 4, 6, 8)
-    if device.type == "cpu" and dtype == torch.bfloat16 and fits and _cpu_kernel_runs():
-        return _cpu_vote(weights)
-    if device.type == "cuda" and fits and available_backends("cuda")["triton"] is None:
+    fits = fits and dtype != torch.float32
+    if fits and hardware.triton_runs(device):
         from dmv_fast.kernels.vote import make_vote
 
         return make_vote(weights, dtype, device)
-    local = VoteWeights(*(w.to(device, dtype) for w in weights[:-1]), epsilon=weights.epsilon)
-    return lambda rows: vote_plain(rows, local)
+    if fits and dtype == torch.bfloat16 and device.type == "cpu" and _cpu_kernel_runs():
+        run = _cpu_vote(weights)
+    else:
+        local = VoteWeights(*(w.to(device, dtype) for w in weights[:-1]), epsilon=weights.epsilon)
+        run = functools.partial(vote_plain, weights=local)
+    return lambda rows, out: out.copy_(run(rows))
 
 
 def _cpu_kernel_runs() -> bool:

@@ -48,9 +48,7 @@ class FeatureCache:
     ) -> None:  # fmt: skip
         """Compute what is missing. One sample of the stream gives one row; `workers` processes make them."""
         missing = range(self.filled, self.shape[0])
-        samples = DataLoader(
-            stream, batch_size=None, sampler=missing, num_workers=workers if missing else 0
-        )
+        samples = DataLoader(stream, batch_size=None, sampler=missing, num_workers=workers if missing else 0)
         rows = tqdm(
             zip(missing, samples, strict=True), initial=self.filled, total=self.shape[0], desc="features",
             disable=not progress, mininterval=2.0,

@@ -22,7 +22,7 @@ import numpy as np
 
 HELD_OUT_SHARE = 0.08
 _MIN_SIDE = 12  # pixels of a photograph: a smaller object has no texture left to enlarge
-_MIN_SIDE_CLIP = 7  # real small targets exist and look like this
+MIN_SIDE_CLIP = 7  # real small targets exist and look like this
 _MAX_SHARE = 0.7  # of the photograph: nothing left to be told apart from
 _MAX_ASPECT = 5.0
 _SALT = "c"
@@ -137,7 +137,7 @@ def _add_photo(catalog: Catalog, root: Path, record: dict) -> None:
 
 def _read_track(path: Path) -> np.ndarray:
     boxes = np.loadtxt(path, delimiter=",", ndmin=2, dtype=np.float64)
-    boxes[~usable(boxes, _MIN_SIDE_CLIP, np.inf)] = np.nan
+    boxes[~usable(boxes, MIN_SIDE_CLIP, np.inf)] = np.nan
     return boxes
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from dmv_fast.training import geometry as geo
 from dmv_fast.training.augment import Look, expose, random_look
 from dmv_fast.training.catalog import load_catalog
 from dmv_fast.training.data import SEEN
@@ -46,7 +47,8 @@ def make_clip(
 ) -> MadeClip:
     """A video of `frames` consecutive frames from a training folder, by default from its held-out part.
 
-    leaves: whether the target goes out of the frame for ten frames or more and is back for the last ten.
+    leaves: whether the target goes out of the frame for ten frames or more and is back for the last ten, at
+    another place of the same side, up to 2.5 times its size away.
     Raises ValueError where the folder's part has no cut-outs, or none that makes such a video.
     """
     catalog = load_catalog(Path(root), held_out=held_out)
@@ -61,5 +63,27 @@ def make_clip(
         gone = np.array([not scene.in_view for scene in scenes])
         returns = gone.sum() >= 10 and not gone[-10:].any()
         if returns if leaves else not gone.any():
+            if leaves:
+                _return_elsewhere(rng, scenes, gone)
             return MadeClip(scenes, random_look(rng, times), seed)
     raise ValueError(f"root: no such video in {_TRIES} draws from {root}")
+
+
+def _return_elsewhere(rng: np.random.Generator, scenes: list[Scene], gone: np.ndarray) -> None:
+    """Shift the target along the side at which it is out of the frame, from the midst of its absence on."""
+    last = int(np.flatnonzero(gone)[-1])
+    first = last - int(np.argmax(~gone[last::-1])) + 1
+    middle = scenes[(first + last) // 2]
+    out = np.maximum(-middle.centre, middle.centre - middle.size)  # pixels beyond the frame, by axis
+    along = int(out[0] > out[1])
+    later = [scene.centre[along] for scene in scenes[(first + last) // 2 :]]
+    size = float(np.mean(np.ptp(np.concatenate(middle.parts), axis=0)))
+    move = np.zeros(2)
+    room = (0.45 * size - min(later), middle.size[along] - 0.45 * size - max(later))
+    move[along] = np.clip(rng.uniform(-2.5, 2.5) * size, min(room[0], 0), max(room[1], 0))
+    for number in range((first + last) // 2, len(scenes)):
+        scene = scenes[number]
+        layers = list(scene.layers)
+        target = layers[scene.target]
+        layers[scene.target] = replace(target, to_frame=geo.shift(*move) @ target.to_frame)
+        scenes[number] = Scene(scene.base, scene.size, layers, scene.target, scene.haunts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 from dmv_fast.training.augment import develop, random_look
 from dmv_fast.training.catalog import Catalog, load_catalog
 from dmv_fast.training.follow import tracked_window, window_for
-from dmv_fast.training.scenes import make_scenes
+from dmv_fast.training.readers import LISTERS, tracks
+from dmv_fast.training.recipe import MIX, Recipe
+from dmv_fast.training.scenes import Made, make_scenes, track_scenes
 from dmv_fast.training.synth import Scene, Shot, draw
 from dmv_fast.vision.crop import CROP_SIZE, Window, search_window
 
-MIX = {"paste": 0.45, "photo": 0.22, "clip": 0.28, "region": 0.05}
 SEEN = 0.35  # share of the target that must be visible in the crop for it to count as present
 _HINT = 0.08  # a lesser share than this is as good as absent; what lies between is drawn again
 # standard deviation of the colours within the box, grey levels: nothing can be seen of a target with less
@@ -45,12 +47,13 @@ def _catalog(root: Path, held_out: bool) -> Catalog:
 
 
 class SampleStream:
-    """Endless training samples from a folder: `stream[index]` depends on (seed, index) and the folder alone.
+    """Endless training samples: `stream[index]` depends on (seed, index) and the files drawn from alone.
 
-    root: see `dmv_fast.training.catalog`. frames: N, the exemplar included. max_skip: most frames between two
-    of a sample. mix: weights of "paste", "photo", "clip", "region" (default `MIX`); a kind that the
-    folder has no material for is left out. held_out: draw from the fixed part of the folder kept for
-    validation, which a stream with held_out=False never touches.
+    root: a folder as `dmv_fast.training.catalog` has it. frames: N, the exemplar included. max_skip: most
+    frames between two of a sample. mix: weights of the kinds of samples, by default `MIX`; a kind that the
+    folder has no material for is left out. sets: folder of each kind that is a training set of real videos
+    (`dmv_fast.training.readers`); with nothing but these, root is not read. held_out: draw from the part of
+    it all kept for validation, which a stream with held_out=False never touches.
 
     Raises ValueError for a bad argument or a folder with nothing usable, FileNotFoundError when it is none.
     """
@@ -62,44 +65,80 @@ class SampleStream:
         seed: int,
         frames: int,
         max_skip: int = 100,
-        mix: dict[str, float] | None = None,
+        mix: Mapping[str, float] | None = None,
+        sets: Mapping[str, Path] | None = None,
         held_out: bool = False,
     ) -> None:
         if frames < 1:
             raise ValueError(f"frames: {frames}, it should be 1 or more")
         if max_skip < 1:
             raise ValueError(f"max_skip: {max_skip}, it should be 1 or more")
-        mix = dict(MIX if mix is None else mix)
-        if unknown := set(mix) - set(MIX):
-            raise ValueError(f"mix: no kind of sample is called {sorted(unknown)}; there are {sorted(MIX)}")
+        mix, self.sets = dict(MIX if mix is None else mix), dict(sets or {})
+        known = {*MIX, *self.sets}
+        if unknown := set(mix) - known:
+            raise ValueError(f"mix: no kind of sample is called {sorted(unknown)}; there are {sorted(known)}")
         self.root, self.seed, self.frames = Path(root), seed, frames
         self.max_skip, self.held_out = max_skip, held_out
-        catalog = _catalog(self.root, held_out)
-        stock = {
-            "paste": catalog.cutouts,
-            "photo": catalog.objects,
-            "clip": catalog.clips,
-            "region": catalog.plain,
-        }
-        self.mix = {kind: weight for kind, weight in mix.items() if weight > 0 and stock[kind]}
+        self.mix = {kind: weight for kind, weight in mix.items() if weight > 0 and self._stock(kind)}
         if not self.mix:
             raise ValueError(f"root: {self.root} holds no material for any of {sorted(mix)}")
 
     def __getitem__(self, index: int) -> Sample:
-        if index < 0:
-            raise IndexError(f"index: {index}, it should be 0 or more")
-        rng = np.random.default_rng([self.seed, index, int(self.held_out)])
-        catalog = _catalog(self.root, self.held_out)
-        weights = np.array(list(self.mix.values()))
-        kind = list(self.mix)[rng.choice(len(weights), p=weights / weights.sum())]
+        return self.sample(index, self.frames)
+
+    def sample(self, index: int, frames: int) -> Sample:
+        """Sample `index` with another N than the stream's own."""
+        rng, kind = self._begin(index)
         for _ in range(_TRIES):
-            made = make_scenes(rng, catalog, kind, self.frames, self.max_skip)
+            made = self._make(rng, kind, frames)
             if made is None or not made[0][0].in_view:
                 continue
             sample = _shoot(rng, *made)
             if sample is not None:
                 return sample
-        raise RuntimeError(f"no usable sample of kind {kind!r} in {_TRIES} draws from {self.root}")
+        where = self.sets.get(kind, self.root)
+        raise RuntimeError(f"no usable sample of kind {kind!r} in {_TRIES} draws from {where}")
+
+    def kind(self, index: int) -> str:
+        """Of which kind sample `index` is."""
+        return self._begin(index)[1]
+
+    def _begin(self, index: int) -> tuple[np.random.Generator, str]:
+        if index < 0:
+            raise IndexError(f"index: {index}, it should be 0 or more")
+        rng = np.random.default_rng([self.seed, index, int(self.held_out)])
+        weights = np.array(list(self.mix.values()))
+        return rng, list(self.mix)[rng.choice(len(weights), p=weights / weights.sum())]
+
+    def _make(self, rng: np.random.Generator, kind: str, frames: int) -> Made | None:
+        if kind in self.sets:
+            videos = tracks(kind, self.sets[kind], self.held_out)
+            return track_scenes(rng, videos, frames, self.max_skip)
+        return make_scenes(rng, _catalog(self.root, self.held_out), kind, frames, self.max_skip)
+
+    def _stock(self, kind: str) -> Sequence:
+        """What samples of a kind are made from; empty: nothing."""
+        if kind in self.sets:
+            return tracks(kind, self.sets[kind], self.held_out)
+        catalog = _catalog(self.root, self.held_out)
+        return {
+            "paste": catalog.cutouts,
+            "photo": catalog.objects,
+            "clip": catalog.clips,
+            "region": catalog.plain,
+        }[kind]
+
+
+def recipe_stream(recipe: Recipe, data: Path, *, held_out: bool = False) -> SampleStream:
+    """The samples that a recipe trains on, or the ones kept for validation. data: the folder of `--data`."""
+    mix, sets = recipe.mix, None
+    if recipe.sources is not None:
+        mix = {source.kind: source.weight for source in recipe.sources}
+        sets = {source.kind: source.folder(data) for source in recipe.sources if source.kind in LISTERS}
+    return SampleStream(
+        data, seed=recipe.seed + held_out, frames=max(recipe.frames), max_skip=recipe.max_skip,
+        mix=mix, sets=sets, held_out=held_out,
+    )  # fmt: skip
 
 
 def _shoot(rng: np.random.Generator, scenes: list[Scene], times: np.ndarray) -> Sample | None:
@@ -157,7 +196,7 @@ def _contrast(crop: np.ndarray, box: np.ndarray) -> float:
     return float(cv2.meanStdDev(crop[y0:y1, x0:x1])[1].mean())
 
 
-def contact_sheet(samples: list[Sample]) -> np.ndarray:
+def contact_sheet(samples: list[Sample], titles: list[str] | None = None) -> np.ndarray:
     """What the network sees, uint8 BGR: a row a sample, boxes in green, frames without the target in red."""
     rows = []
     for sample in samples:
@@ -173,5 +212,8 @@ def contact_sheet(samples: list[Sample]) -> np.ndarray:
                 cv2.rectangle(cell, (1, 1), (CROP_SIZE - 2, CROP_SIZE - 2), (0, 0, 255), 3)
             cells.append(cv2.copyMakeBorder(cell, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(255, 255, 255)))
         rows.append(np.hstack(cells))
+    for row, title in zip(rows, titles or [], strict=bool(titles)):
+        for colour, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+            cv2.putText(row, title, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, width, cv2.LINE_AA)
     width = max(row.shape[1] for row in rows)
     return np.vstack([cv2.copyMakeBorder(r, 0, 0, 0, width - r.shape[1], cv2.BORDER_CONSTANT) for r in rows])

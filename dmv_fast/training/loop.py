@@ -10,11 +10,16 @@ import copy
 import math
 import os
 import random
+import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -25,13 +30,16 @@ from tqdm import tqdm
 
 from dmv_fast.model.dmv import DMV
 from dmv_fast.training.cache import FeatureCache
-from dmv_fast.training.data import SampleStream
+from dmv_fast.training.data import SampleStream, recipe_stream
+from dmv_fast.training.log import Log
 from dmv_fast.training.recipe import Recipe, load_recipe
-from dmv_fast.training.unroll import Outcome, Unroll
-from dmv_fast.weights import load_pretrained, save_model
+from dmv_fast.training.unroll import Outcome, Unroll, stem_layers
+from dmv_fast.training.validation import on_samples, on_videos
+from dmv_fast.weights import load_model, load_pretrained, save_model
 
 _WARM_UP = 200
 _CHECKPOINT = "checkpoint.pt"
+_PATIENCE = timedelta(hours=2)  # of one process for another: the first fills the feature cache alone
 
 
 class Frames(Dataset):
@@ -44,20 +52,20 @@ class Frames(Dataset):
         self.source, self.recipe = source, recipe
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng((self.recipe.seed, 1, index))
         count = self.recipe.frames_at(index // self.recipe.batch)
-        later = 1 + rng.choice(max(self.recipe.frames) - 1, count - 1, replace=False)
-        frames = np.concatenate([[0], np.sort(later)])
         if isinstance(self.source, FeatureCache):
+            rng = np.random.default_rng((self.recipe.seed, 1, index))
+            later = 1 + rng.choice(max(self.recipe.frames) - 1, count - 1, replace=False)
+            frames = np.concatenate([[0], np.sort(later)])
             return self.source.take(int(rng.integers(len(self.source))), frames)
-        sample = self.source[index]
+        sample = self.source.sample(index, count)
         boxes = np.where(sample.present[:, None], sample.boxes, np.nan)
-        return torch.from_numpy(sample.crops[frames]), torch.from_numpy(boxes[frames])
+        return torch.from_numpy(sample.crops), torch.from_numpy(boxes)
 
 
 def train(
     recipe_path: Path, *, data: Path, out: Path, minutes: float | None = None, resume: bool = False,
-    device: str = "auto", workers: int | None = None,
+    device: str = "auto", workers: int | None = None, pause_after: float | None = None,
 ) -> Path:  # fmt: skip
     """Run (or go on with) a recipe; returns the checkpoint `out/model.safetensors`.
 
@@ -65,9 +73,12 @@ def train(
         minutes: end after this much training time in all, resumed runs counted; the learning rate's
             schedule ends with whichever of steps and minutes comes first.
         resume: go on from `out/checkpoint.pt` where there is one.
+        workers: processes that prepare samples; None: one a core but one, with cached features none.
+        pause_after: stop after this many minutes of this call, wherever the run is; the schedule stays.
 
     Raises:
         ValueError: a bad recipe, data folder, or an output folder that already holds a run.
+        KeyboardInterrupt: stopped by SIGINT or SIGTERM; the last whole step is in the checkpoint.
     """
     recipe = load_recipe(recipe_path)
     run = Run(recipe, recipe_path, Path(data), Path(out), _device(device), minutes)
@@ -77,7 +88,7 @@ def train(
                 f"{out}: already holds a run; add --resume to go on with it or choose another --out"
             )
         run.load()
-    return run.execute(workers)
+    return run.execute(workers, pause_after)
 
 
 class Run:
@@ -88,6 +99,9 @@ class Run:
         minutes: float | None,
     ):  # fmt: skip
         self.recipe, self.data, self.out, self.device, self.minutes = recipe, data, out, device, minutes
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.backends.cudnn.benchmark = True
         self.rank, self.world = _join_group(device)
         if recipe.batch % self.world:
             raise ValueError(f"recipe: batch is {recipe.batch}; it must divide over {self.world} processes")
@@ -96,9 +110,10 @@ class Run:
         model = DMV(recipe.model)
         if recipe.pretrained is not None:
             load_pretrained(model, _beside(recipe.pretrained, recipe_path, data))
+        if recipe.start_from is not None:
+            _start_from(model, recipe.start_from)
         if recipe.freeze_stem:
-            stem = model.backbone
-            for part in (stem.conv1, stem.bn1, stem.layer1, stem.layer2, stem.layer3):
+            for part in stem_layers(model):
                 part.requires_grad_(False)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
@@ -140,50 +155,88 @@ class Run:
         timed = self.seconds / (60 * self.minutes) if self.minutes else 0.0
         return max(self.step / self.recipe.steps, timed)
 
-    def execute(self, workers: int | None = None) -> Path:
-        recipe = self.recipe
-        source = self._source()
+    def execute(self, workers: int | None = None, pause_after: float | None = None) -> Path:
+        recipe, source = self.recipe, self._source(workers)
         forward = self._forward_module()
-        log = _Log(self.out) if self.rank == 0 else None
+        log = Log(self.out) if self.rank == 0 else None
         bar = tqdm(
             total=recipe.steps, initial=self.step, desc="train", disable=self.rank != 0, mininterval=5.0
         )
         batches = self._batches(source, workers)
-        began, saved = time.monotonic(), time.monotonic()
-        already = self.seconds
+        began, already, first, saves = time.monotonic(), self.seconds, self.step, 0
+        saved = began
+        stopped = False
         try:
-            while self.progress < 1:
-                outcome, norm = self._one_step(forward, *next(batches))
-                self.seconds = already + time.monotonic() - began
-                bar.update()
-                if log is not None and self.step % 20 == 0:
-                    bar.set_postfix_str(log.step(self.step, outcome, norm, self._rate(1.0)))
-                if time.monotonic() - saved > 60 * recipe.checkpoint_minutes:
-                    self.save()
-                    if log is not None:
-                        log.validation(self.step, self.validate())
-                    saved = time.monotonic()
+            with _stop_signals() as asked:
+                while self.progress < 1 and not stopped:
+                    outcome, norm = self._one_step(forward, *_next(batches))
+                    now = time.monotonic()
+                    self.seconds = already + now - began
+                    paused = pause_after is not None and now - began > 60 * pause_after
+                    stopped = self._agree(paused or bool(asked))
+                    bar.update()
+                    if log is not None and self.step % 20 == 0:
+                        bar.set_postfix_str(log.step(self.step, outcome, norm, self._rate(1.0)))
+                    if now - saved > 60 * recipe.checkpoint_minutes and not stopped:
+                        saves += 1
+                        self._checkpoint(log, videos=saves % recipe.clips_every == 0)
+                        saved = time.monotonic()
         finally:
             bar.close()
-            self.save()
-        if log is not None:
-            log.validation(self.step, self.validate())
+            if self.step > first:
+                self.save()
+        if asked:
+            raise KeyboardInterrupt
+        if log is not None and self.progress >= 1 and self.step > first:
+            self._measure(log, videos=True)
         return self.out / "model.safetensors"
 
-    def _source(self) -> SampleStream | FeatureCache:
+    def _agree(self, stop: bool) -> bool:
+        """All processes go by the first one's clock and signals: one that stopped alone hangs the rest."""
+        if self.world == 1:
+            return stop
+        told = torch.tensor([self.seconds, float(stop)], dtype=torch.float64, device=self.device)
+        dist.broadcast(told, 0)
+        self.seconds, stop = told[0].item(), told[1].item() > 0
+        return stop
+
+    def _checkpoint(self, log: Log | None, *, videos: bool) -> None:
+        self.save()
+        if log is not None:
+            self._measure(log, videos=videos)
+
+    def _measure(self, log: Log, *, videos: bool) -> None:
+        log.samples(self.step, self.validate())
+        if videos and self.recipe.validate_clips:
+            weights = self.out / "model.safetensors"
+            log.videos(self.step, on_videos(weights, self.data, self.recipe.validate_clips, self.device))
+
+    def validate(self) -> dict[str, float]:
+        """The averaged weights on held-out samples."""
+        return on_samples(self.ema, self.recipe, recipe_stream(self.recipe, self.data, held_out=True))
+
+    def _source(self, workers: int | None) -> SampleStream | FeatureCache:
         recipe = self.recipe
-        stream = SampleStream(
-            self.data, seed=recipe.seed, frames=max(recipe.frames), max_skip=recipe.max_skip, mix=recipe.mix
-        )
+        stream = recipe_stream(recipe, self.data)
         if not recipe.cached_samples:
             return stream
-        cache = FeatureCache(
+        if self.rank == 0:
+            self._cache().fill(
+                self.model.eval(), stream, precision=self._precision(),
+                workers=_cores() - 1 if workers is None else workers,
+            )  # fmt: skip
+        if self.world > 1:
+            dist.barrier()
+        return self._cache()
+
+    def _cache(self) -> FeatureCache:
+        recipe = self.recipe
+        origin = f"mix {recipe.mix}" if recipe.sources is None else f"sources {recipe.sources}"
+        return FeatureCache(
             self.out / "cache", recipe.cached_samples, max(recipe.frames),
             self.model.backbone.layer3[-1].conv1.in_channels,
-            tag=f"{recipe.model.backbone} seed {recipe.seed} skip {recipe.max_skip} mix {recipe.mix}",
+            tag=f"{recipe.model.backbone} seed {recipe.seed} skip {recipe.max_skip} {origin}",
         )  # fmt: skip
-        cache.fill(self.model.eval(), stream, precision=self._precision(), progress=self.rank == 0)
-        return cache
 
     def _forward_module(self) -> torch.nn.Module:
         self.unroll.train()
@@ -199,14 +252,16 @@ class Run:
         """Batches from the current step on; process r of W takes samples r, r + W, ... of a step's."""
         recipe, share = self.recipe, self.recipe.batch // self.world
         if workers is None:
-            workers = (
-                0 if isinstance(source, FeatureCache) else max(1, (os.cpu_count() or 2) // self.world - 1)
-            )
+            workers = 0 if isinstance(source, FeatureCache) else max(1, _cores() // self.world - 1)
         order = [
             [step * recipe.batch + i * self.world + self.rank for i in range(share)]
             for step in range(self.step, recipe.steps + 1)
         ]
-        return iter(DataLoader(Frames(source, recipe), batch_sampler=order, num_workers=workers))
+        loader = DataLoader(
+            Frames(source, recipe), batch_sampler=order, num_workers=workers, worker_init_fn=_start_worker,
+            pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        return iter(loader)
 
     def _one_step(self, forward: torch.nn.Module, frames: Tensor, boxes: Tensor) -> tuple[Outcome, float]:
         recipe = self.recipe
@@ -216,7 +271,8 @@ class Run:
         )
         for group in self.optimiser.param_groups:
             group["lr"] = self._rate(group["relative_rate"])
-        frames, boxes = frames.to(self.device), boxes.to(self.device)
+        frames = frames.to(self.device, non_blocking=True)
+        boxes = boxes.to(self.device, non_blocking=True)
         precision = self._precision()
         with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
             outcome = forward(frames, boxes, k, generator)
@@ -241,65 +297,6 @@ class Run:
     def _precision(self) -> torch.dtype:
         return getattr(torch, self.recipe.precision)
 
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Held-out samples, the averaged weights, predictions written back: what the tracker will meet."""
-        recipe = replace(self.recipe, write_truth=0.0, write_wrong=0.0)
-        stream = SampleStream(
-            self.data, seed=recipe.seed + 1, frames=max(recipe.frames), max_skip=recipe.max_skip,
-            mix=recipe.mix, held_out=True,
-        )  # fmt: skip
-        unroll = Unroll(self.ema, recipe).eval()
-        sums: dict[str, list[float]] = {}
-        for index in range(0, recipe.validate_samples, 8):
-            samples = [stream[i] for i in range(index, min(index + 8, recipe.validate_samples))]
-            crops = torch.from_numpy(np.stack([s.crops for s in samples])).to(self.device)
-            boxes = np.stack([np.where(s.present[:, None], s.boxes, np.nan) for s in samples])
-            with torch.autocast(
-                self.device.type, self._precision(), enabled=self._precision() != torch.float32
-            ):
-                outcome = unroll(
-                    crops, torch.from_numpy(boxes).to(self.device), recipe.model.candidates, None
-                )
-            for name, value in outcome._asdict().items():
-                sums.setdefault(name, []).append(float(value))
-        return {name: float(np.nanmean(values)) for name, values in sums.items()}
-
-
-class _Log:
-    """Scalars to TensorBoard (where it is installed) and to a CSV file."""
-
-    def __init__(self, out: Path):
-        self._csv = out / "log.csv"
-        if not self._csv.is_file():
-            self._csv.write_text("kind,step," + ",".join((*Outcome._fields, "grad_norm", "rate")) + "\n")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(out / "tensorboard"))
-        except ImportError:
-            self._board = None
-
-    def step(self, step: int, outcome: Outcome, norm: float, rate: float) -> str:
-        values = {name: float(value) for name, value in outcome._asdict().items()}
-        self._write("train", step, {**values, "grad_norm": norm, "rate": rate})
-        return f"loss {values['loss']:.3f} iou {values['iou']:.3f}"
-
-    def validation(self, step: int, values: dict[str, float]) -> None:
-        self._write("val", step, values)
-        tqdm.write(f"step {step}: held out: loss {values['loss']:.3f}, IoU {values['iou']:.3f}, "
-                   f"score {values['score_present']:.2f} present, "
-                   f"{values['score_absent']:.2f} absent")  # fmt: skip
-
-    def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        names = (*Outcome._fields, "grad_norm", "rate")
-        with open(self._csv, "a") as file:
-            file.write(f"{kind},{step}," + ",".join(f"{values.get(n, math.nan):.6g}" for n in names) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
-
 
 def _average(ema: DMV, model: DMV, decay: float) -> None:
     averaged = [p for p in ema.parameters() if p.is_floating_point()]
@@ -310,15 +307,20 @@ def _average(ema: DMV, model: DMV, decay: float) -> None:
 
 
 def _optimiser(recipe: Recipe, model: DMV) -> torch.optim.Optimizer:
-    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
-    rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.") and p.requires_grad]
-    groups = [
-        {"params": rest, "relative_rate": 1.0},
-        {"params": backbone, "relative_rate": recipe.backbone_rate},
-    ]
+    stem_rate = recipe.backbone_rate if recipe.stem_rate is None else recipe.stem_rate
+    stem = {id(p) for layer in stem_layers(model) for p in layer.parameters()}
+    backbone = {id(p) for p in model.backbone.parameters()} - stem
+    groups = {1.0: [], recipe.backbone_rate: [], stem_rate: []}
+    for p in model.parameters():
+        if p.requires_grad:
+            rate = stem_rate if id(p) in stem else recipe.backbone_rate if id(p) in backbone else 1.0
+            groups[rate].append(p)
+    chosen = [{"params": params, "relative_rate": rate} for rate, params in groups.items() if params]
+    rest = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    rest["fused"] = next(model.parameters()).device.type == "cuda" or None
     if recipe.optimiser == "sgd":
-        return torch.optim.SGD(groups, recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(groups, recipe.learning_rate, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(chosen, momentum=0.9, **rest)
+    return torch.optim.AdamW(chosen, **rest)
 
 
 def _beside(name: str, recipe_path: Path, data: Path) -> Path:
@@ -337,12 +339,60 @@ def _beside(name: str, recipe_path: Path, data: Path) -> Path:
     )
 
 
+def _start_from(model: DMV, name: str) -> None:
+    start = load_model(name)
+    if replace(start.config, candidates=model.config.candidates) != model.config:
+        raise ValueError(f"recipe: model is {model.config}; start_from {name} is {start.config}")
+    model.load_state_dict(start.state_dict())
+
+
 def _device(name: str) -> torch.device:
-    if name != "auto":
+    if name not in ("auto", "cuda"):
         return torch.device(name)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda'; PyTorch sees no CUDA GPU here (see `dmv-fast doctor`)")
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker(_number: int) -> None:
+    """A process that makes samples: one thread, and Ctrl-C is for the first process to act on."""
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _next(batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The next batch; of bad data in a worker process, the error's own words without its traceback."""
+    try:
+        return next(batches)
+    except (ValueError, OSError, RuntimeError) as error:
+        last = str(error).strip().splitlines()[-1]
+        if "Original Traceback" not in str(error):
+            raise
+        raise type(error)(last.split(": ", 1)[-1]) from error
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Within it SIGINT and SIGTERM are only noted, so that a step ends whole and can be gone on from."""
+    asked: list[int] = []
+    before: dict[int, Callable | int | None] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda caught, _frame: asked.append(caught))
+    except ValueError:  # not in the main thread: whoever runs us there has signals of their own
+        pass
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _join_group(device: torch.device) -> tuple[int, int]:
@@ -350,7 +400,7 @@ def _join_group(device: torch.device) -> tuple[int, int]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -370,6 +420,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, help="stop after this much training time, resumed runs counted"
     )
+    parser.add_argument(
+        "--pause-after", type=float, metavar="MINUTES",
+        help="stop after this much of this call, to go on with --resume; the learning rate's schedule stays",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, help="processes that prepare samples")
@@ -377,9 +431,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`dmv-fast train`."""
-    model = train(
-        args.recipe, data=args.data, out=args.out, minutes=args.minutes, resume=args.resume,
-        device=args.device, workers=args.workers,
-    )  # fmt: skip
+    try:
+        model = train(
+            args.recipe, data=args.data, out=args.out, minutes=args.minutes, resume=args.resume,
+            device=args.device, workers=args.workers, pause_after=args.pause_after,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"stopped; go on with --resume --out {args.out}", file=sys.stderr)
+        return 130
     print(f"wrote {model}")
     return 0

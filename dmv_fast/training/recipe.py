@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,37 @@ from typing import Any
 import yaml
 
 from dmv_fast.model.dmv import DMVConfig
+from dmv_fast.ops.backends import BACKENDS
+from dmv_fast.training.readers import LISTERS
+
+MIX = {"paste": 0.45, "photo": 0.22, "clip": 0.28, "region": 0.05}
+"""Kinds of samples made from photographs with outlines and from clips, and their usual shares."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a share of the samples comes from."""
+
+    kind: str
+    """A training set of real videos (got10k, lasot, trackingnet), or what is made from the data folder's own
+    photographs and clips (paste, photo, clip, region)."""
+    root: str | None = None
+    """Folder of the set, in the data folder where it is not absolute; $NAME and ~ are expanded. Default: the
+    kind's name."""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        known = (*LISTERS, *MIX)
+        if self.kind not in known:
+            raise ValueError(f"sources: kind is {self.kind!r}; known: {', '.join(known)}")
+        if self.kind in MIX and self.root is not None:
+            raise ValueError(f"sources: {self.kind} has a root; it is made from the data folder itself")
+        if not self.weight > 0:
+            raise ValueError(f"sources: weight of {self.kind} is {self.weight!r}; it must be over 0")
+
+    def folder(self, data: Path) -> Path:
+        """The set's folder."""
+        return data / Path(os.path.expandvars(self.root or self.kind)).expanduser()
 
 
 @dataclass(frozen=True)
@@ -18,6 +50,8 @@ class Recipe:
     model: DMVConfig = field(default_factory=DMVConfig)
     pretrained: str | None = None
     """ImageNet weights of conv1 to layer3 (safetensors); relative to the recipe or the data folder."""
+    start_from: str | None = None
+    """A whole checkpoint of the same model to go on from: a shipped name or a .safetensors file."""
     freeze_stem: bool = False
     """Train neither conv1 to layer3 nor their batch norms."""
     cached_samples: int = 0
@@ -32,7 +66,9 @@ class Recipe:
     """Steps of a stage; the last stage goes on to the end."""
     max_skip: int = 100
     mix: dict[str, float] | None = None
-    """Shares of the sample sources; None: the data's own default."""
+    """Shares of the kinds of made samples; None: the data's own default."""
+    sources: tuple[Source, ...] | None = None
+    """Instead of `mix`: training sets of real videos, and kinds of made samples beside them."""
     candidates: tuple[int, ...] = (4,)
     """K of a step is drawn from these, so that one checkpoint serves every K."""
     write_truth: float = 0.0
@@ -44,7 +80,9 @@ class Recipe:
     """"sgd" (momentum 0.9) or "adamw"."""
     learning_rate: float = 1e-3
     backbone_rate: float = 1.0
-    """Learning rate of the backbone relative to the rest."""
+    """Learning rate of the backbone relative to the rest ..."""
+    stem_rate: float | None = None
+    """... and of its pretrained part, conv1 to layer3; None: `backbone_rate`."""
     weight_decay: float = 5e-4
     schedule: str = "decay"
     """"decay": times 0.95 every 6400 steps; "cosine": to zero at the end, after a warm-up of 200 steps."""
@@ -54,20 +92,32 @@ class Recipe:
     ema: float = 0.999
     precision: str = "bfloat16"
     """Autocast type of the forward pass, or "float32"."""
+    backend: str = "auto"
+    """Of the fused operations; a memory of a few frames is small, and "reference" nearly as fast."""
     seed: int = 0
     checkpoint_minutes: float = 3.0
     validate_samples: int = 64
+    """Held-out samples that each checkpoint is measured on."""
+    validate_clips: int = 0
+    """Held-out videos that the tracker is run over, half of them made, half real, at every `clips_every`th
+    checkpoint and at the end: about three seconds each on a CPU core."""
+    clips_every: int = 5
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("optimiser", ("sgd", "adamw")),
             ("schedule", ("decay", "cosine")),
             ("precision", ("float32", "bfloat16", "float16")),
+            ("backend", ("auto", *BACKENDS)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)!r}; it must be one of {allowed}")
         if not self.frames or min(self.frames) < 2:
             raise ValueError(f"recipe: frames is {self.frames}; a sample needs at least 2 frames")
+        if self.sources is not None:
+            kinds = [source.kind for source in self.sources]
+            if not kinds or len(set(kinds)) < len(kinds) or self.mix is not None:
+                raise ValueError("recipe: sources must name each kind once, and not stand beside mix")
         if self.cached_samples and not self.freeze_stem:
             raise ValueError("recipe: cached_samples needs freeze_stem: features of a moving stem grow stale")
 
@@ -90,12 +140,16 @@ def load_recipe(path: Path) -> Recipe:
     try:
         if "model" in settings:
             settings["model"] = _build(DMVConfig, settings["model"])
+        if settings.get("sources") is not None:
+            settings["sources"] = [_build(Source, source) for source in settings["sources"]]
         return _build(Recipe, settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"recipe {path}: {error}") from None
 
 
 def _build(kind: type, settings: dict[str, Any]):
+    if not isinstance(settings, dict):
+        raise ValueError(f"{settings!r} stands where names with values should")
     unknown = set(settings) - {f.name for f in fields(kind)}
     if unknown:
         raise ValueError(f"unknown setting {sorted(unknown)[0]!r}")

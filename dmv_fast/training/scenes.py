@@ -1,16 +1,27 @@
-"""Four ways to make N scenes of one target: a photograph that moves, a cut-out that moves over another
-picture, a real clip, and a region of a photograph without annotations."""
+"""Ways to make N scenes of one target: a photograph that moves, a cut-out that moves over another picture,
+a region of a photograph without annotations, a real clip, a video of a training set."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import cv2
 import numpy as np
 
+from dmv_fast.evaluation.datasets import read_image
 from dmv_fast.training import geometry as geo
-from dmv_fast.training.catalog import Catalog, Clip, PhotoObject, read_clip_frame, read_photo
+from dmv_fast.training.catalog import (
+    MIN_SIDE_CLIP,
+    Catalog,
+    Clip,
+    PhotoObject,
+    read_clip_frame,
+    read_photo,
+    usable,
+)
 from dmv_fast.training.clutter import add_distractors, add_occluder, ellipse, outline_of
+from dmv_fast.training.readers import Track
 from dmv_fast.training.synth import Layer, Picture, Scene, cut_out
 
 # shares of the samples of a kind
@@ -260,7 +271,7 @@ def _places(
     return path
 
 
-# --- a real clip ---
+# --- a real video ---
 
 
 def clip_scenes(rng: np.random.Generator, catalog: Catalog, frames: int, max_skip: int) -> Made:
@@ -268,21 +279,52 @@ def clip_scenes(rng: np.random.Generator, catalog: Catalog, frames: int, max_ski
     weights = np.array([_clip_weight(c) for c in catalog.clips])
     clip = catalog.clips[rng.choice(len(weights), p=weights / weights.sum())]
     track = clip.tracks[rng.integers(len(clip.tracks))]
-    known = np.flatnonzero(np.isfinite(track[:, 0]))
-    numbers = known[_steps(rng, len(known), frames, max_skip)]
-    stretched = geo.linear(0, math.exp(rng.normal(0, 0.1)), 0)
-    scenes = []
-    for number in numbers:
-        image = read_clip_frame(clip, int(number))
-        size = geo.apply(stretched, np.array([image.shape[1], image.shape[0]], dtype=np.float64))
-        others = [t[number] for t in clip.tracks if t is not track and np.isfinite(t[number]).all()]
-        haunts = [geo.apply(stretched, geo.centre(box)) for box in others]
-        picture = Picture(image, [geo.corners(track[number])])
-        scenes.append(Scene(Layer(picture, stretched), tuple(size.tolist()), haunts=haunts))
+    others = [other for other in clip.tracks if other is not track]
+    numbers = _numbers(rng, track, frames, max_skip)
+    scenes = _filmed(rng, lambda number: read_clip_frame(clip, number), track, others, numbers)
     times = np.abs(numbers - numbers[0])
     if scenes[0].in_view and rng.random() < OCCLUDED["clip"]:
         add_occluder(rng, catalog, scenes, times)
     return scenes, times
+
+
+def track_scenes(
+    rng: np.random.Generator, videos: tuple[Track, ...], frames: int, max_skip: int
+) -> Made | None:
+    """Frames of one video of a training set, each video as often; None where too few boxes are of use."""
+    video = videos[rng.integers(len(videos))]
+    sequence = video.read(video.path)
+    boxes = np.where(usable(sequence.boxes, MIN_SIDE_CLIP, np.inf)[:, None], sequence.boxes, np.nan)
+    if np.isfinite(boxes[:, 0]).sum() < 2:
+        return None
+    numbers = _numbers(rng, boxes, frames, max_skip)
+    scenes = _filmed(rng, lambda number: read_image(sequence.frames[number]), boxes, [], numbers)
+    return scenes, np.abs(numbers - numbers[0])
+
+
+def _filmed(
+    rng: np.random.Generator,
+    read: Callable[[int], np.ndarray],
+    track: np.ndarray,
+    others: list[np.ndarray],
+    numbers: np.ndarray,
+) -> list[Scene]:
+    """Frames `numbers` of a video, all stretched alike (paper 3.4); `others`: tracks beside the target's."""
+    stretched = geo.linear(0, math.exp(rng.normal(0, 0.1)), 0)
+    scenes = []
+    for number in numbers.tolist():
+        image = read(number)
+        size = geo.apply(stretched, np.array([image.shape[1], image.shape[0]], dtype=np.float64))
+        known = [other[number] for other in others if np.isfinite(other[number]).all()]
+        haunts = [geo.apply(stretched, geo.centre(box)) for box in known]
+        picture = Picture(image, [geo.corners(track[number])])
+        scenes.append(Scene(Layer(picture, stretched), tuple(size.tolist()), haunts=haunts))
+    return scenes
+
+
+def _numbers(rng: np.random.Generator, track: np.ndarray, frames: int, max_skip: int) -> np.ndarray:
+    known = np.flatnonzero(np.isfinite(track[:, 0]))
+    return known[_steps(rng, len(known), frames, max_skip)]
 
 
 def _steps(rng: np.random.Generator, known: int, frames: int, max_skip: int) -> np.ndarray:

@@ -37,9 +37,12 @@ class Unroll(nn.Module):
 
     def train(self, mode: bool = True) -> Unroll:
         super().train(mode)
-        if mode and self.recipe.freeze_stem:  # the statistics of a frozen stem stay what they were
-            for stage in (self.model.backbone.bn1, *_stem_layers(self.model)):
-                stage.eval()
+        recipe = self.recipe
+        if mode and (recipe.freeze_stem or recipe.pretrained or recipe.start_from):
+            # A pretrained stem keeps its statistics: a batch of a few videos has none worth having, and
+            # where they were folded into the weights any others would undo the pretraining.
+            for layer in stem_layers(self.model):
+                layer.eval()
         return self
 
     def forward(self, frames: Tensor, boxes: Tensor, k: int, generator: torch.Generator) -> Outcome:
@@ -53,7 +56,7 @@ class Unroll(nn.Module):
         for t in range(1, N):
             keys = torch.cat([keys for keys, _ in memory], 1)
             values = torch.cat([values for _, values in memory], 1)
-            prediction = model(features[:, t], keys, values, k=k)
+            prediction = model(features[:, t], keys, values, k=k, backend=self.recipe.backend)
             loss = frame_loss(prediction, boxes[:, t], model.anchors, box_weight=self.recipe.box_weight)
             # Section 3.4: the further from the first frame, the more a loss weighs; the mean weight is 1.
             rows.append(
@@ -109,8 +112,10 @@ class Unroll(nn.Module):
         )
 
 
-def _stem_layers(model: DMV) -> tuple[nn.Module, ...]:
-    return model.backbone.layer1, model.backbone.layer2, model.backbone.layer3
+def stem_layers(model: DMV) -> tuple[nn.Module, ...]:
+    """The part of the backbone that has pretrained weights."""
+    trunk = model.backbone
+    return trunk.conv1, trunk.bn1, trunk.layer1, trunk.layer2, trunk.layer3
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 """Checkpoints: where they are, how they are checked, how they become a network.
 
 A checkpoint is one safetensors file; its metadata holds the network's configuration as JSON, so that it
-needs no second file to be loaded. Shipped checkpoints stand beside this file, each with its sha256 in
-`SHA256SUMS` and a model card NAME.md.
+needs no second file to be loaded. Those with a name, where they are and their sha256: `places.py`; each has
+a model card NAME.md beside it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -20,33 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmv_fast.model.dmv import DMV, DMVConfig
+from dmv_fast.weights.places import CheckpointError, cache_folder, check, find, known, sha256
 
-FOLDER = Path(__file__).parent
-SUMS = FOLDER / "SHA256SUMS"
+__all__ = [
+    "CheckpointError", "cache_folder", "find", "known", "load_model", "load_pretrained", "save_model",
+    "sha256",
+]  # fmt: skip
+
 _CONFIG_KEY = "dmv_fast.config"
 _STEM = ("conv1", "bn1", "layer1", "layer2", "layer3")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the reason."""
-
-
-def known() -> list[str]:
-    """Names of the checkpoints that are shipped with this installation."""
-    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
-
-
-def find(name_or_path: str | os.PathLike[str]) -> Path:
-    """The file of a shipped name ("dmv18") or of a path to a .safetensors file."""
-    text = os.fspath(name_or_path)
-    shipped = FOLDER / f"{text}.safetensors"
-    if "/" not in text and os.sep not in text and shipped.is_file():
-        return shipped
-    path = Path(text).expanduser()
-    if path.is_file():
-        return path
-    shipped_names = ", ".join(known()) or "none"
-    raise CheckpointError(f"weights {text!r}: no such file, and not a shipped checkpoint ({shipped_names})")
 
 
 def load_model(
@@ -56,14 +37,14 @@ def load_model(
     """A checkpoint as a network in evaluation mode.
 
     Args:
-        name_or_path: a shipped name (see `known`) or a .safetensors file that `save_model` wrote.
+        name_or_path: a name (see `known`) or a .safetensors file that `save_model` wrote.
         k: candidates K, 1..32, instead of the checkpoint's own.
 
     Raises:
         CheckpointError: (a ValueError) not found, truncated, not a DMV checkpoint, sha256 does not match.
     """
     path = find(name_or_path)
-    _check_sum(path)
+    check(path)
     tensors, config = _read(path)
     if k is not None:
         config = {**config, "candidates": k}
@@ -102,44 +83,9 @@ def load_pretrained(model: DMV, path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"weights {path}: do not fit {model.config.backbone}: {wrong}")
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     keep = not tensor.is_floating_point() or "running_" in name or tensor.ndim == 0
     return tensor.detach().cpu().contiguous().to(tensor.dtype if keep else dtype)
-
-
-def _check_sum(path: Path) -> None:
-    """Shipped files against SHA256SUMS beside them; any other file against FILE.sha256 where there is one."""
-    if path.parent == FOLDER:
-        sums = (
-            dict(reversed(line.split()) for line in SUMS.read_text().splitlines()) if SUMS.is_file() else {}
-        )
-        expected = sums.get(path.name)
-        if expected is None:
-            raise CheckpointError(f"weights {path}: not listed in {SUMS.name}")
-    else:
-        note = path.with_name(path.name + ".sha256")
-        expected = note.read_text().split()[0] if note.is_file() else None
-    if expected is not None and sha256(path) != expected:
-        raise CheckpointError(
-            f"weights {path}: sha256 is not the expected {expected[:16]}...: damaged or replaced"
-        )
 
 
 def _read(path: Path, *, want_config: bool = True) -> tuple[dict[str, Tensor], dict]:

@@ -1,0 +1,1 @@
+"""One self-contained HTML page for an evaluation or a benchmark."""
