@@ -92,7 +92,9 @@ class Write(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Graph:
+class Graph:
+    """One graph to be: what it computes, and on what it is exported and checked."""
+
     module: nn.Module
     inputs: dict[str, Tensor]
     """An example of each; all but the free dimensions are taken from it."""
@@ -106,7 +108,7 @@ class _Graph:
         )
 
 
-def graph(model: DMV, name: str, k: int) -> _Graph:
+def graph(model: DMV, name: str, k: int) -> Graph:
     """One of GRAPHS as a module with examples of its inputs, made from noise."""
     noise = torch.Generator().manual_seed(0)
     c, batch = model.config, 2
@@ -114,18 +116,18 @@ def graph(model: DMV, name: str, k: int) -> _Graph:
     features = torch.randn(batch, c.key_dim, c.grid, c.grid, generator=noise)
     if name == "backbone":
         crops = torch.randint(256, (batch, CROP_SIZE, CROP_SIZE, 3), dtype=torch.uint8, generator=noise)
-        return _Graph(Look(model), {"crops": crops}, ("features",))
+        return Graph(Look(model), {"crops": crops}, ("features",))
     if name == "write":
         soft = {"scores": torch.rand(batch, anchors, c.grid, c.grid, generator=noise)}
         soft["deltas"] = torch.randn(batch, anchors, 4, c.grid, c.grid, generator=noise)
-        return _Graph(Write(model), {"features": features, **soft}, ("keys", "values"))
+        return Graph(Write(model), {"features": features, **soft}, ("keys", "values"))
     rows = 3 * model.locations
     memory = {
         "keys": model.read.key(torch.randn(batch, c.key_dim, 1, rows, generator=noise)),
         "values": torch.randn(batch, rows, c.vote_dim, generator=noise),
         "valid": torch.tensor([model.locations, rows], dtype=torch.int32),
     }
-    return _Graph(Read(model, k), {"features": features, **memory}, ("scores", "deltas", "boxes"))
+    return Graph(Read(model, k), {"features": features, **memory}, ("scores", "deltas", "boxes"))
 
 
 def export_onnx(
@@ -180,7 +182,7 @@ def _need_extra() -> None:
             raise ImportError(message) from None
 
 
-def export_graph(example: _Graph, path: Path) -> None:
+def export_graph(example: Graph, path: Path) -> None:
     """One graph as an ONNX file, its weights inside."""
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
@@ -206,7 +208,7 @@ def _quiet_exporter() -> Iterator[None]:
         log.setLevel(before)
 
 
-def difference(example: _Graph, path: Path) -> float:
+def difference(example: Graph, path: Path) -> float:
     """How far onnxruntime's outputs are from PyTorch's on the example's inputs."""
     import onnxruntime
 

@@ -61,7 +61,7 @@ class Insight:
     locations: np.ndarray
     """(M, K) int: the candidate's location in its memory frame; -1 likewise."""
     memory: tuple[Remembered, ...]
-    """The frames that the memory held when this frame was matched with it, slot by slot; the first frame first."""
+    """The frames that it was matched with, slot by slot: that of `init` first."""
     capacity: int
     """T: how many frames the memory can hold."""
 

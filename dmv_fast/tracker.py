@@ -36,7 +36,7 @@ class TrackerConfig:
     """How the box is chosen."""
     found_score: float = 0.25
     """Below this centre score the target is lost: the box stays where it was and nothing is remembered."""
-    refound_score: float = 0.5
+    refound_score: float = 0.7
     """The centre score at which a lost target is found again."""
     search_growth: float = 1.05
     """How much wider the search window gets with each frame in which the target is lost ..."""

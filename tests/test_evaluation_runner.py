@@ -158,6 +158,15 @@ def test_a_failure_keeps_what_was_finished(tmp_path: Path, sequences: list[datas
     assert figures(results) == figures(evaluate(Still(), sequences))
 
 
+def test_every_failure_is_listed_at_the_end(sequences: list[datasets.Sequence]) -> None:
+    class Unlucky(Still):
+        def track(self, image: np.ndarray) -> Step:
+            raise ArithmeticError(f"no luck with {self.inits}")
+
+    with pytest.raises(RuntimeError, match="3 sequences failed: fast: .*luck with 1; late: .*2; slow: .*3"):
+        evaluate(Unlucky(), sequences)
+
+
 def test_finished_sequences_are_skipped_only_when_nothing_changed(
     tmp_path: Path, sequences: list[datasets.Sequence]
 ) -> None:

@@ -192,7 +192,7 @@ def test_the_example_tracks_as_pytorch_does(place: Path, example: ModuleType, tm
     told["tracker"] |= {"capacity": 3, "policy": {"interval": 2, "threshold": 0.5}, "found_score": 0.0}
     (folder / "dmv.json").write_text(json.dumps(told))
     config = TrackerConfig(capacity=3, policy=MemoryPolicy(interval=2, threshold=0.5), found_score=0.0)
-    worst, ours, results = follow(example, folder, made_frames(14), BOX, config=config)
+    worst, ours, results = follow(example, folder, made_frames(10), BOX, config=config)
     assert worst < 0.5
     assert len(ours.memory) == 3 and sum(result.memory_written for result in results) > 3
 

@@ -75,7 +75,7 @@ def evaluation(run_folder) -> Path:
 
 
 @pytest.fixture(scope="module")
-def benchmark(tmp_path_factory) -> Path:
+def speed_page(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     (folder / "frame.csv").write_text(BENCH)
     (folder / "retrieve.csv").write_text(RETRIEVE)
@@ -99,8 +99,8 @@ def test_the_table_is_that_of_the_run(run_folder, evaluation):
             assert row[2] == ("–" if told["auc"] == "" else f"{float(told['auc']):.3f}")
 
 
-def test_the_page_stands_alone_and_keeps_paths_to_itself(evaluation, benchmark):
-    for path in (evaluation, benchmark):
+def test_the_page_stands_alone_and_keeps_paths_to_itself(evaluation, speed_page):
+    for path in (evaluation, speed_page):
         text = path.read_text()
         assert "default-src 'none'" in text
         assert not re.search(r"(?:src|href)=[\"'](?!data:)", text) and "http" not in text.replace(
@@ -108,7 +108,7 @@ def test_the_page_stands_alone_and_keeps_paths_to_itself(evaluation, benchmark):
         )
         assert "@import" not in text and "secret-place" not in text and str(path.parent) not in text
         assert "<i>&y" not in text and "<9>" not in text, "names are text, not HTML"
-    assert "x&lt;i&gt;&amp;y" in evaluation.read_text() and "Abacus &lt;9&gt;" in benchmark.read_text()
+    assert "x&lt;i&gt;&amp;y" in evaluation.read_text() and "Abacus &lt;9&gt;" in speed_page.read_text()
 
 
 def test_worst_sequences_come_with_frames(run_folder, evaluation):
@@ -218,8 +218,8 @@ def test_what_was_not_measured_is_a_dash():
     assert "nan" not in drawn and plots.line_plot("t", [], plots.Axis("x"), plots.Axis("y")) == ""
 
 
-def test_a_benchmark_becomes_plots_and_tables(benchmark):
-    text = benchmark.read_text()
+def test_a_benchmark_becomes_plots_and_tables(speed_page):
+    text = speed_page.read_text()
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
     assert captions == [
         "Latency of a frame against K",
@@ -262,7 +262,7 @@ def open_page(browser, path: Path, width: int = 1280) -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize(("kind", "figures"), [("evaluation", 3), ("benchmark", 4)])
+@pytest.mark.parametrize(("kind", "figures"), [("evaluation", 3), ("speed_page", 4)])
 def test_plots_are_seen_and_nothing_overflows(browser, request, kind, figures, width):
     open_page(browser, request.getfixturevalue(kind), width)
     sizes = browser.execute_script(

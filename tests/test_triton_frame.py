@@ -350,11 +350,19 @@ else:
         assert_same(steps, IMAGES[2], BOXES[:2])
 
     def test_many_large_windows_fit_into_one_upload(no_gpu, monkeypatch):
-        monkeypatch.setattr(cuda, "_MOST", 3 * 256**2 * 3 + 100)
-        steps = pair(lively(DMVConfig()), targets=3)
-        boxes = [(60.0, 50.0, 80.0, 70.0)] * 3
-        start(steps, boxes)
-        assert_same(steps, IMAGES[1], boxes, atol=0.5)
+        """What does not fit goes up at its final size; no window takes another's room."""
+        monkeypatch.setattr(cuda, "_MOST", 3 * 256**2 * 3 + 20_000)
+        (_, step) = pair(lively(DMVConfig()), targets=3)
+        windows, sizes = windows_of([(x, 60.0, 80.0, 70.0) for x in (100.0, 101.0, 102.0)])
+        with torch.inference_mode():
+            step._upload(IMAGES[0], windows, sizes)
+        begins, widths, sides = (step._header[:, i].tolist() for i in (0, 1, 5))
+        assert sides == [windows[0].side, 256, 256] and widths[1:] == [256, 256]
+        size = widths[0] * step._header[0, 2].item() * 3
+        assert begins == [0, size, size + 3 * 256**2]
+        assert begins[2] + 3 * 256**2 <= len(step._inbox) - step._pixels_at
+        last = step._inbox[step._pixels_at + begins[2] :][: 3 * 256**2].view(256, 256, 3)
+        assert np.array_equal(last, cut(IMAGES[0], windows[2]))
 
     def test_write_wants_a_step(no_gpu):
         (_, step) = pair(lively(DMVConfig()), targets=2)

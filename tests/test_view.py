@@ -245,6 +245,7 @@ def display(tmp_path) -> Iterator[str]:
         pytest.skip(f"needs {' and '.join(missing)} (Debian: xvfb, xdotool)")
     reading, writing = os.pipe()
     command = ["Xvfb", "-displayfd", str(writing), "-screen", "0", "800x700x24", "-fbdir", str(tmp_path)]
+    command += ["-noreset"]  # else it starts anew, and turns clients away, whenever xdotool was its only one
     server = subprocess.Popen(command, pass_fds=[writing], stderr=subprocess.DEVNULL)
     os.close(writing)
     with open(reading) as told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -105,7 +106,7 @@ def write_report(results: Path, doc: Path) -> None:
     }
     runs = reader_runs(results / "readers.csv") if (results / "readers.csv").is_file() else {}
     if runs:
-        tables["readers"] = readers_table(measured, runs)
+        tables["readers"] = readers_table(measured, runs) + trained_note(results / "about.json")
     tables["claims"] = claims_table(measured, runs)
     if others := [name for name in measured.settings() if name.startswith("checkpoint-")]:
         tables["checkpoints"] = _table(
@@ -252,6 +253,16 @@ def readers_table(measured: Measured, runs: dict[str, dict[int, np.ndarray]]) ->
     for dataset in SETS:
         head += [f"{dataset} AUC (each seed)", "difference, 95 %"]
     return _table(head, rows)
+
+
+def trained_note(path: Path) -> str:
+    """A line below the table: whose backbone, how many steps."""
+    if not path.is_file():
+        return ""
+    runs = json.loads(path.read_text(encoding="utf-8"))["readers"].values()
+    backbones = sorted({run["checkpoint"]["backbone"][:12] for run in runs})
+    steps = sorted({str(run["steps"]) for run in runs})
+    return f"\n\nBackbone of the checkpoint with sha256 {', '.join(backbones)}...; {', '.join(steps)} steps."
 
 
 def _iou_cells(runs: dict[str, dict[int, np.ndarray]], variant: str) -> list[str]:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,10 +167,12 @@ def annotate(
         bar.set_postfix_str(f"{frames} frames{failed}")
 
     disable = None if progress else True
-    with tqdm(
-        total=len(videos), initial=len(before), unit="video", disable=disable, dynamic_ncols=True
-    ) as bar:
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=len(videos), initial=len(before), unit="video", disable=disable, dynamic_ncols=True)
+        )
         outcomes = hand_out(AnnotateVideo(factory), pending, jobs=jobs, ray=ray, gpu=gpu, on_frames=count)
+        stack.enter_context(closing(outcomes))  # Ctrl-C amid the loop ends the workers, too
         for video, outcome in outcomes:
             if isinstance(outcome, Failure):
                 answer.failed[video.name] = f"{outcome.error}" or type(outcome.error).__name__

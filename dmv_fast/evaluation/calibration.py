@@ -124,6 +124,7 @@ def plot_reliability(found: Reliability, path: Path, title: str) -> None:
     lower.bar((np.arange(bins) + 0.5) / bins, found.count, width=0.9 / bins, color="0.6")
     lower.set(xlabel="score", ylabel="frames", xlim=(0, 1))
     for axes in (upper, lower):
+        axes.set_axisbelow(True)
         axes.grid(True, color="0.9")
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
@@ -47,7 +47,7 @@ class Failure:
 def hand_out(
     work: Work, items: Iterable[Item], *, jobs: int = 1, ray: str | None = None, gpu: bool = False,
     on_frames: Callable[[int], object] = lambda count: None,
-) -> Iterator[tuple[Item, Any]]:  # fmt: skip
+) -> Generator[tuple[Item, Any], None, None]:  # fmt: skip
     """Each item with its result, or with a Failure, as they end; the first items are begun first.
 
     Args:
@@ -59,7 +59,7 @@ def hand_out(
         gpu: each Ray worker gets a GPU of its own.
         on_frames: told how many frames more are done; fewer than 0 when a dead worker's are taken back.
 
-    Leaving the loop early, by an error or Ctrl-C, ends the workers.
+    The end of the generator, also an early one, is the end of the workers.
 
     Raises:
         ValueError: jobs < 1. ImportError: ray is not installed. ConnectionError: no Ray at that address.
@@ -115,7 +115,7 @@ class _Worker:
 
 def _on_processes(
     work: Work, items: list[Any], jobs: int, on_frames: Callable[[int], object]
-) -> Iterator[tuple[Any, Any]]:
+) -> Generator[tuple[Any, Any], None, None]:
     waiting = deque((0, item) for item in items)
     workers: list[_Worker] = []
     stillborn = 0
@@ -248,7 +248,7 @@ class _Ticker:
 
 def _on_ray(
     work: Work, items: list[Any], address: str, gpu: bool, on_frames: Callable[[int], object]
-) -> Iterator[tuple[Any, Any]]:
+) -> Generator[tuple[Any, Any], None, None]:
     with _connected(address) as ray:
         if gpu and not ray.cluster_resources().get("GPU"):
             raise ValueError(f"the Ray cluster at {address} has no GPU; name another device")

@@ -47,8 +47,8 @@ def make_clip(
 ) -> MadeClip:
     """A video of `frames` consecutive frames from a training folder, by default from its held-out part.
 
-    leaves: whether the target goes out of the frame for ten frames or more and is back for the last ten, at
-    another place of the same side, up to 2.5 times its size away.
+    leaves: whether the target goes out of the frame for ten frames or more and is back for the last ten,
+    anywhere on the side on which it left.
     Raises ValueError where the folder's part has no cut-outs, or none that makes such a video.
     """
     catalog = load_catalog(Path(root), held_out=held_out)
@@ -77,10 +77,9 @@ def _return_elsewhere(rng: np.random.Generator, scenes: list[Scene], gone: np.nd
     out = np.maximum(-middle.centre, middle.centre - middle.size)  # pixels beyond the frame, by axis
     along = int(out[0] > out[1])
     later = [scene.centre[along] for scene in scenes[(first + last) // 2 :]]
-    size = float(np.mean(np.ptp(np.concatenate(middle.parts), axis=0)))
+    rim = 0.5 * float(np.ptp(np.concatenate(middle.parts)[:, along]))
     move = np.zeros(2)
-    room = (0.45 * size - min(later), middle.size[along] - 0.45 * size - max(later))
-    move[along] = np.clip(rng.uniform(-2.5, 2.5) * size, min(room[0], 0), max(room[1], 0))
+    move[along] = rng.uniform(min(rim - min(later), 0), max(middle.size[along] - rim - max(later), 0))
     for number in range((first + last) // 2, len(scenes)):
         scene = scenes[number]
         layers = list(scene.layers)
