@@ -34,15 +34,15 @@ class TrackerConfig:
     """When a frame is written to it."""
     pick: PickConfig = field(default_factory=PickConfig)
     """How the box is chosen."""
-    found_score: float = 0.25
+    found_score: float = 0.3
     """Below this centre score the target is lost: the box stays where it was and nothing is remembered."""
-    refound_score: float = 0.7
+    refound_score: float = 0.5
     """The centre score at which a lost target is found again."""
     search_growth: float = 1.05
     """How much wider the search window gets with each frame in which the target is lost ..."""
     search_most: float = 1.25
     """... up to this many times its width. In a wider one the target is smaller, and is found less often."""
-    search_rings: int = 1
+    search_rings: int = 2
     """Every second frame of a loss looks beside the last place, at windows that are half a window's width
     apart: at 1 the eight around it, at 2 also the sixteen around these; at 0 at none."""
 

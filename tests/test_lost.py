@@ -14,6 +14,7 @@ from dmv_fast.tracker import FastDMVTracker, TrackerConfig
 from dmv_fast.vision.crop import Window, search_window
 
 BOX = (300.0, 200.0, 40.0, 40.0)
+STEP = search_window(BOX).side / 2
 FRAME = np.zeros((480, 640, 3), np.uint8)
 PLAIN = TrackerConfig(
     found_score=0.3, refound_score=0.6, search_growth=1.1, search_most=1.3, search_rings=0,
@@ -58,18 +59,22 @@ def follow(monkeypatch):
     return run
 
 
-def scales(frames: Scripted) -> list[float]:
-    return [round(windows[0].side / search_window(BOX).side, 1) for windows in frames.windows]
+def sides(frames: Scripted) -> list[float]:
+    """Window sides, in sides of the first; windows are rounded, so these are not exact."""
+    return [windows[0].side / frames.windows[0][0].side for windows in frames.windows]
 
 
-def centres(frames: Scripted) -> list[tuple[float, float]]:
-    return [(w.x0 + w.side / 2, w.y0 + w.side / 2) for (w,) in frames.windows]
+def steps_aside(frames: Scripted) -> list[tuple[int, int]]:
+    """How many half windows each look is off the first one's centre, to the right and down."""
+    middles = np.array([(w.x0 + w.side / 2, w.y0 + w.side / 2) for (w,) in frames.windows])
+    return [tuple(at) for at in np.round((middles - middles[0]) / STEP).astype(int).tolist()]
 
 
 def test_the_search_widens_while_lost_and_is_as_before_once_found(follow):
     _, frames = follow(PLAIN, [0.9, 0.1, 0.1, 0.1, 0.1, 0.9, 0.9])
-    assert scales(frames) == [1.0, 1.0, 1.1, 1.2, 1.3, 1.3, 1.0]
-    assert set(centres(frames)) == {(320, 220)}
+    assert sides(frames)[:2] == [1.0, 1.0] and sides(frames)[-1] == 1.0
+    assert sides(frames)[2:6] == pytest.approx([1.1, 1.21, 1.3, 1.3], abs=0.07)
+    assert set(steps_aside(frames)) == {(0, 0)}
 
 
 def test_finding_again_takes_more_than_staying_found(follow):
@@ -99,25 +104,23 @@ def test_nothing_is_remembered_of_a_frame_without_the_target(follow):
 
 
 def test_every_second_frame_looks_beside_the_last_place(follow):
-    step = search_window(BOX).side / 2
-    config = TrackerConfig(search_rings=1, search_most=1.0)
-    _, frames = follow(config, [0.1] * 18)
-    offsets = [(round((x - 320) / step), round((y - 220) / step)) for x, y in centres(frames)]
-    assert set(offsets[1::2]) == {(0, 0)} == {offsets[0]}  # the first frame is not lost yet
-    beside = offsets[2::2]
-    assert {abs(x) + abs(y) for x, y in beside[:4]} == {1} and len(set(beside[:8])) == 8
-    assert {max(map(abs, at)) for at in beside} == {1}
-    _, frames = follow(TrackerConfig(search_rings=2, search_most=1.0), [0.1] * 51)
-    offsets = [(round((x - 320) / step), round((y - 220) / step)) for x, y in centres(frames)]
-    assert [max(map(abs, at)) for at in offsets[2:50:2]] == [1] * 8 + [2] * 16
+    _, frames = follow(TrackerConfig(search_rings=1), [0.1] * 18)
+    asides = steps_aside(frames)
+    assert set(asides[1::2]) == {(0, 0)}  # the first frame is not lost yet, the second looks again
+    assert {abs(x) + abs(y) for x, y in asides[2:10:2]} == {1}
+    assert len(set(asides[2::2])) == 8 and {max(map(abs, at)) for at in asides[2::2]} == {1}
+    _, frames = follow(TrackerConfig(search_rings=2), [0.1] * 50)
+    assert [max(map(abs, at)) for at in steps_aside(frames)[2::2]] == [1] * 8 + [2] * 16
 
 
 def test_no_look_goes_beyond_the_frame(follow):
     """A target that went out on the left is not sought there."""
     out = (-18.0, 220.0, 40.0, 40.0)
     _, frames = follow(TrackerConfig(search_rings=1), [0.9] + [0.1] * 30, [out] * 31)
-    assert all(-1 <= x <= 640 and 0 <= y <= 480 for x, y in centres(frames))
-    assert len(set(centres(frames)[3::2])) == 5
+    start = round((2 - 320) / STEP)
+    assert {at for at in steps_aside(frames)[3::2]} == {
+        (start + right, down) for right, down in ((0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
+    }
 
 
 def test_a_loss_may_last(follow):
@@ -144,7 +147,7 @@ def test_a_new_start_is_not_lost(monkeypatch):
     tracker.track(FRAME)
     tracker.init(FRAME, BOX)
     assert tracker.track(FRAME).found
-    assert scales(frames) == [1.0, 1.1, 1.0]
+    assert sides(frames)[2] == 1.0 < sides(frames)[1]
 
 
 def test_many_targets_are_lost_and_found_as_each_alone(monkeypatch):
