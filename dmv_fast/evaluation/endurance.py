@@ -88,8 +88,9 @@ def endure(
             these = times[len(blocks) * BLOCK : i + 1]
             p50, p99 = np.percentile(these, (50, 99))
             device = torch.cuda.max_memory_reserved() / 2**20 if torch.cuda.is_initialized() else 0.0
-            blocks.append(Block(i + 1, resident_mb(), device, float(p50), float(p99)))
-            say(f"endurance  {i + 1:6d} frames  p50 {p50:6.2f} ms  p99 {p99:6.2f} ms  {resident_mb():.1f} MB")
+            resident = resident_mb(anonymous=True)
+            blocks.append(Block(i + 1, resident, device, float(p50), float(p99)))
+            say(f"endurance  {i + 1:6d} frames  p50 {p50:6.2f} ms  p99 {p99:6.2f} ms  {resident:.1f} MB")
     after = times[BLOCK:] if frames > BLOCK else times
     p50, p99 = np.percentile(after, (50, 99))
     return Endurance(blocks, float(p50), float(p99))

@@ -123,12 +123,17 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
 
 
-def resident_mb() -> float:
-    """What this process has resident now, MiB; the peak where the system does not say."""
-    status = Path("/proc/self/statm")
+def resident_mb(*, anonymous: bool = False) -> float:
+    """What this process has resident now, MiB; the peak where the system does not say.
+
+    anonymous: without pages of files, which come and go as the system likes.
+    """
+    status = Path("/proc/self/status")
     if not status.exists():
         return peak_memory_mb()
-    return int(status.read_text().split()[1]) * resource.getpagesize() / 2**20
+    name = "RssAnon:" if anonymous else "VmRSS:"
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
 
 
 class Peak(NamedTuple):
