@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -14,6 +17,12 @@ from dmv_fast.model.pick import PickConfig, cosine_window, pick
 from dmv_fast.runtime.network import Network
 from dmv_fast.runtime.ring import Ring
 from dmv_fast.vision.crop import CROP_SIZE, Window, cut
+
+
+@functools.cache
+def _cutters(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that cut crops, one pool a process: a forked one has none of its parent's threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="crop")
 
 
 class FrameStep:
@@ -79,8 +88,14 @@ class FrameStep:
     def crops(self, image: np.ndarray, windows: Sequence[Window]) -> Tensor:
         """The windows' pixels, resized: (n, 256, 256, 3) uint8 BGR on the network's device."""
         crops = np.empty((len(windows), CROP_SIZE, CROP_SIZE, 3), np.uint8)
-        for crop, window in zip(crops, windows, strict=True):
-            crop[:] = cut(image, window)
+
+        def fill(place: int) -> None:
+            crops[place] = cut(image, windows[place])
+
+        if len(windows) == 1:
+            fill(0)
+        else:  # OpenCV works outside of Python's lock: a millisecond a crop, shared by the cores
+            list(_cutters(os.getpid(), torch.get_num_threads()).map(fill, range(len(windows))))
         return torch.from_numpy(crops).to(self.network.device)
 
     def choose(self, maps: Tensor, prediction: Prediction, sizes: Tensor) -> Tensor:
