@@ -295,7 +295,7 @@ def two_patches(tmp_path) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(
     "DMV_FAST_WINDOW_TEST" not in os.environ,
-    reason="DMV_FAST_WINDOW_TEST=1 runs it, alone: beside other tests a real window now and then misses a key",
+    reason="DMV_FAST_WINDOW_TEST=1 runs it, alone: beside other tests a real window may miss keys",
 )
 def test_a_person_pauses_clicks_takes_another_box_and_quits(display, two_patches, tmp_path):
     table, said = tmp_path / "boxes.csv", tmp_path / "said.txt"
