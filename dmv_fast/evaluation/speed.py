@@ -114,11 +114,17 @@ def synthetic_clip(count: int = 30, size: tuple[int, int] = (1280, 720)) -> Clip
     return Clip(frames, (x, y, w, h), f"synthetic {size[0]} x {size[1]}")
 
 
+def _status_mb(field: str) -> float | None:
+    """A line of /proc/self/status, MiB; None where the system has no such file."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().split(f"{field}:")[1].split()[0]) / 1024 if status.exists() else None
+
+
 def peak_memory_mb() -> float:
     """The most this process has had resident so far, MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would be the parent's, where that had more before it started this process
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    # ru_maxrss would be the parent's, where that had more before it started this process
+    if (peak := _status_mb("VmHWM")) is not None:
+        return peak
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
 
@@ -128,12 +134,8 @@ def resident_mb(*, anonymous: bool = False) -> float:
 
     anonymous: without pages of files, which come and go as the system likes.
     """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_memory_mb()
-    name = "RssAnon:" if anonymous else "VmRSS:"
-    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
+    resident = _status_mb("RssAnon" if anonymous else "VmRSS")
+    return peak_memory_mb() if resident is None else resident
 
 
 class Peak(NamedTuple):
