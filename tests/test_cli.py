@@ -486,20 +486,6 @@ def test_demo_without_the_clip_says_how_to_get_it(tmp_path, monkeypatch, capsys)
 # ---- the real tracker ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """A DMV18 with random weights."""
-    import torch
-
-    from dmv_fast.model.dmv import DMV, DMVConfig
-    from dmv_fast.weights import save_model
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
-    save_model(DMV(DMVConfig()), path)
-    return path
-
-
 def test_real_tracker_from_the_command_line(checkpoint, clip, tmp_path):
     table = tmp_path / "a.csv"
     options = ["--weights", str(checkpoint), "--boxes", str(table), "--max-frames", "6"]

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from lively import lively
 
 from dmv_fast import FastDMVTracker
 from dmv_fast.model.dmv import DMV, DMVConfig
@@ -50,16 +51,6 @@ def scene(count: int) -> list[np.ndarray]:
 
 
 IMAGES = scene(12)
-
-
-def lively(config: DMVConfig) -> DMV:
-    """Random weights whose boxes and scores differ from place to place."""
-    torch.manual_seed(0)
-    model = DMV(config).eval().requires_grad_(False)
-    for branch in (model.head.centre, model.head.box):
-        branch[-1].weight.mul_(20)
-        branch[-1].bias.normal_()
-    return model
 
 
 def fast_step(

@@ -5,25 +5,14 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from dmv_fast import FastDMVTracker
-from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.multi import MultiTracker
 from dmv_fast.tracker import TrackerConfig
-from dmv_fast.weights import save_model
 
 BOXES = [(60, 50, 40, 30), (10, 20, 30, 50), (90, 60, 50, 40)]
 CONFIG = TrackerConfig(capacity=3, policy=MemoryPolicy(interval=2, threshold=0.0), found_score=0.0)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
-    save_model(DMV(DMVConfig()), path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -8,24 +8,12 @@ import threading
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from dmv_fast import FastDMVTracker
-from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.tracker import TrackerConfig
-from dmv_fast.weights import save_model
 
 BOX = (60, 50, 40, 30)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> str:
-    """An untrained network: enough for everything but accuracy."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
-    save_model(DMV(DMVConfig()), path)
-    return str(path)
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ else:
     from dmv_fast.kernels.choose import choose
     from dmv_fast.kernels.crop import crop
     from dmv_fast.kernels.vote import make_vote
+    from lively import lively
 
     from dmv_fast.model.dmv import DMV, DMVConfig
     from dmv_fast.model.pick import PickConfig, cosine_window, pick
@@ -243,15 +244,6 @@ else:
         monkeypatch.setattr(cuda, "_new_pool", object)
         monkeypatch.setattr(cuda.CudaFrameStep, "_wait", lambda self: None)
         monkeypatch.setattr(crop_module, "BLOCK", 256 * 256)
-
-    def lively(config: DMVConfig) -> DMV:
-        """Random weights whose boxes and scores differ from place to place."""
-        torch.manual_seed(0)
-        model = DMV(config).eval().requires_grad_(False)
-        for branch in (model.head.centre, model.head.box):
-            branch[-1].weight.mul_(20)
-            branch[-1].bias.normal_()
-        return model
 
     rng = np.random.default_rng(0)
     IMAGES = [rng.integers(0, 255, (240, 300, 3), dtype=np.uint8) for _ in range(3)]

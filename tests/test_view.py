@@ -13,29 +13,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from dmv_fast import ops
 from dmv_fast.insight import Watch
-from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.tracker import FastDMVTracker, TrackerConfig
 from dmv_fast.vision import live
-from dmv_fast.weights import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 BOX = (60.0, 50.0, 40.0, 30.0)
 # Every second frame is remembered, whatever its score, and the memory is soon full.
 EAGER = TrackerConfig(capacity=3, policy=MemoryPolicy(interval=2, threshold=0.0), found_score=0.0)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """A DMV18 with random weights."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
-    save_model(DMV(DMVConfig()), path)
-    return path
 
 
 @pytest.fixture(scope="module")
