@@ -137,6 +137,19 @@ def test_cached_features_train_and_the_frozen_stem_stays(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_taught_run_takes_the_rest_over(data, tmp_path):
+    teacher = tmp_path / "teacher.safetensors"
+    settings = f"teacher: {teacher}\nteacher_steps: 2\n"
+    recipe = write_recipe(tmp_path / "taught.yaml", TINY.format(steps=2) + settings)
+    torch.manual_seed(1)
+    save_model(DMV(load_recipe(recipe).model), teacher)
+    told, taught = weights_of(teacher), weights_of(runs_of(recipe, data, tmp_path / "run"))
+    for name in told:  # the loss of features moves nothing but the backbone
+        assert torch.equal(told[name], taught[name]) or name.startswith("backbone."), name
+    assert not torch.equal(told["backbone.neck4.6.weight"], taught["backbone.neck4.6.weight"])
+
+
+@pytest.mark.slow
 def test_two_processes_train_one_network(data, tmp_path):
     """Under torchrun, on one cache and by one clock: both halves of a batch make the batch's step."""
     text = TINY.format(steps=1) + "cached_samples: 3\n"

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dmv_fast.model.dmv import DMV
 from dmv_fast.training.data import SampleStream
+from dmv_fast.training.frozen import FrozenStem
 from dmv_fast.vision.crop import normalise
 
 
@@ -53,14 +54,10 @@ class FeatureCache:
             zip(missing, samples, strict=True), initial=self.filled, total=self.shape[0], desc="features",
             disable=not progress, mininterval=2.0,
         )  # fmt: skip
-        device = model.read.null_value.device
+        device, stem = model.read.null_value.device, FrozenStem(model.backbone, precision)
         for row, sample in rows:
-            crops = normalise(torch.from_numpy(sample.crops).to(device)).contiguous(
-                memory_format=torch.channels_last
-            )
-            with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                layer3 = model.backbone.stem(crops)
-            self.features[row] = layer3.float().cpu().numpy()
+            crops = normalise(torch.from_numpy(sample.crops).to(device))
+            self.features[row] = stem(crops).float().cpu().numpy()
             self.boxes[row] = np.where(sample.present[:, None], sample.boxes, np.nan)
             self.filled = row + 1
             if self.filled % 50 == 0 or self.filled == self.shape[0]:

@@ -33,6 +33,7 @@ from dmv_fast.training.cache import FeatureCache
 from dmv_fast.training.data import SampleStream, recipe_stream
 from dmv_fast.training.log import Log
 from dmv_fast.training.recipe import Recipe, load_recipe
+from dmv_fast.training.teach import Teaching, take_over
 from dmv_fast.training.unroll import Outcome, Unroll, stem_layers
 from dmv_fast.training.validation import on_samples, on_videos
 from dmv_fast.weights import load_model, load_pretrained, save_model
@@ -112,12 +113,17 @@ class Run:
             load_pretrained(model, _beside(recipe.pretrained, recipe_path, data))
         if recipe.start_from is not None:
             _start_from(model, recipe.start_from)
+        teacher = None
+        if recipe.teacher is not None:
+            teacher = load_model(recipe.teacher)
+            take_over(model, teacher)
         if recipe.freeze_stem:
             for part in stem_layers(model):
                 part.requires_grad_(False)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.unroll = Unroll(self.model, recipe)
+        self.teaching = None if teacher is None else Teaching(self.unroll, teacher.to(device))
         self.optimiser = _optimiser(recipe, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.step, self.seconds = 0, 0.0
@@ -157,7 +163,8 @@ class Run:
 
     def execute(self, workers: int | None = None, pause_after: float | None = None) -> Path:
         recipe, source = self.recipe, self._source(workers)
-        forward = self._forward_module()
+        forward = self._forward_module(self.unroll)
+        teaching = None if self.teaching is None else self._forward_module(self.teaching)
         log = Log(self.out) if self.rank == 0 else None
         bar = tqdm(
             total=recipe.steps, initial=self.step, desc="train", disable=self.rank != 0, mininterval=5.0
@@ -169,7 +176,8 @@ class Run:
         try:
             with _stop_signals() as asked:
                 while self.progress < 1 and not stopped:
-                    outcome, norm = self._one_step(forward, *_next(batches))
+                    module = teaching if self.step < recipe.teacher_steps else forward
+                    outcome, norm = self._one_step(module, *_next(batches))
                     now = time.monotonic()
                     self.seconds = already + now - began
                     paused = pause_after is not None and now - began > 60 * pause_after
@@ -238,13 +246,14 @@ class Run:
             tag=f"{recipe.model.backbone} seed {recipe.seed} skip {recipe.max_skip} {origin}",
         )  # fmt: skip
 
-    def _forward_module(self) -> torch.nn.Module:
-        self.unroll.train()
+    def _forward_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        module.train()
         if self.world == 1:
-            return self.unroll
+            return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        alone = 1 in self.recipe.candidates  # a lone candidate hears nobody: those weights get no gradient
-        return DistributedDataParallel(self.unroll, device_ids=ids, find_unused_parameters=alone)
+        # A lone candidate hears nobody, a teacher tells the backbone alone: the rest gets no gradient.
+        unused = 1 in self.recipe.candidates or module is self.teaching
+        return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=unused)
 
     def _batches(
         self, source: SampleStream | FeatureCache, workers: int | None

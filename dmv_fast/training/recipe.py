@@ -52,6 +52,10 @@ class Recipe:
     """ImageNet weights of conv1 to layer3 (safetensors); relative to the recipe or the data folder."""
     start_from: str | None = None
     """A whole checkpoint of the same model to go on from: a shipped name or a .safetensors file."""
+    teacher: str | None = None
+    """A whole checkpoint, alike but for its backbone: its read, head and value encoder are taken over ..."""
+    teacher_steps: int = 0
+    """... and so many steps the new backbone learns to say what the teacher's says; then all learn the task."""
     freeze_stem: bool = False
     """Train neither conv1 to layer3 nor their batch norms."""
     cached_samples: int = 0
@@ -118,6 +122,8 @@ class Recipe:
             kinds = [source.kind for source in self.sources]
             if not kinds or len(set(kinds)) < len(kinds) or self.mix is not None:
                 raise ValueError("recipe: sources must name each kind once, and not stand beside mix")
+        if bool(self.teacher) != (self.teacher_steps > 0) or (self.teacher and self.cached_samples):
+            raise ValueError("recipe: teacher and teacher_steps go together, and not with cached_samples")
         if self.cached_samples and not self.freeze_stem:
             raise ValueError("recipe: cached_samples needs freeze_stem: features of a moving stem grow stale")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmv_fast.model.dmv import DMV, Prediction
+from dmv_fast.training.frozen import FrozenStem
 from dmv_fast.training.loss import frame_loss
 from dmv_fast.training.recipe import Recipe
 from dmv_fast.vision import boxes as box_ops
@@ -34,6 +35,8 @@ class Unroll(nn.Module):
         super().__init__()
         self.model = model
         self.recipe = recipe
+        self.precision = getattr(torch, recipe.precision)
+        self._stem = FrozenStem(model.backbone, self.precision) if recipe.freeze_stem else model.backbone.stem
 
     def train(self, mode: bool = True) -> Unroll:
         super().train(mode)
@@ -50,7 +53,7 @@ class Unroll(nn.Module):
         boxes (B, N, 4) xywh in crop pixels, NaN where the target is absent.
         """
         model, N = self.model, frames.shape[1]
-        features = self._features(frames).unflatten(0, frames.shape[:2])  # (B, N, D, H, W)
+        features = self.features(frames).unflatten(0, frames.shape[:2])  # (B, N, D, H, W)
         memory = [model.remember(features[:, 0], *model.exact_maps(boxes[:, 0]))]
         rows: list[tuple[Tensor, ...]] = []
         for t in range(1, N):
@@ -72,16 +75,16 @@ class Unroll(nn.Module):
             _mean(score, present), _mean(score, ~present),
         )  # fmt: skip
 
-    def _features(self, frames: Tensor) -> Tensor:
-        backbone = self.model.backbone
-        if frames.dtype != torch.uint8:
-            if not torch.is_autocast_enabled(frames.device.type):
-                frames = frames.float()
-            return backbone.tail(frames.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-        crops = normalise(frames.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.recipe.freeze_stem):
-            layer3 = backbone.stem(crops)
-        return backbone.tail(layer3)
+    def features(self, frames: Tensor) -> Tensor:
+        """Crops or layer3 features as in `forward` -> (B * N, D, H, W)."""
+        frames = frames.flatten(0, 1)
+        if frames.dtype == torch.uint8:
+            layer3 = self._stem(normalise(frames).contiguous(memory_format=torch.channels_last))
+        else:
+            layer3 = frames.contiguous(memory_format=torch.channels_last)
+        if not torch.is_autocast_enabled(frames.device.type):
+            layer3 = layer3.float()
+        return self.model.backbone.tail(layer3)
 
     @torch.no_grad()
     def _measure(self, prediction: Prediction, box: Tensor) -> tuple[Tensor, Tensor]:
