@@ -55,7 +55,7 @@ class Recipe:
     teacher: str | None = None
     """A whole checkpoint, alike but for its backbone: its read, head and value encoder are taken over ..."""
     teacher_steps: int = 0
-    """... and so many steps the new backbone learns to say what the teacher's says; then all learn the task."""
+    """... and so many steps the new backbone learns to say what the teacher's says, then the task."""
     freeze_stem: bool = False
     """Train neither conv1 to layer3 nor their batch norms."""
     cached_samples: int = 0
