@@ -57,7 +57,8 @@ void run(Call call, const Tensor& query, const Tensor& keys) {
   call.part_sums = reinterpret_cast<PartSum*>(call.part_indices + parts * call.k);
 
   void* current;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &current));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_index, &current) == AOTI_TORCH_SUCCESS,
+                  "query: its device has no current stream");
   const auto stream = static_cast<cudaStream_t>(current);
   if (blocks > 0) {
     const auto kernel = retrieve_split<Element>;
