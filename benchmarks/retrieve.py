@@ -243,7 +243,9 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     sizes = list(dict.fromkeys((row["m"], row["n"], row["cache"]) for row in rows))
-    figure, axes = pyplot.subplots(1, len(sizes), figsize=(5 * len(sizes), 4), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(sizes), figsize=(5 * len(sizes), 4.4), squeeze=False, layout="constrained"
+    )
     for axis, (m, n, cache) in zip(axes[0], sizes, strict=True):
         here = [row for row in rows if (row["m"], row["n"], row["cache"]) == (m, n, cache)]
         for name in dict.fromkeys(row["what"] for row in here):
@@ -253,9 +255,9 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
         axis.set_title(f"{m} x {n} x {DEPTH}, {cache}")
         axis.set_xticks(KS, [str(k) for k in KS])
         axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(labels), loc="outside lower center")
     figure.suptitle(title)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
