@@ -21,6 +21,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+            pytest.skip("; ".join(line for line in run.stdout.splitlines() if line.startswith("SKIPPED")))
         assert run.returncode == 0, run.stdout + run.stderr
 
 else:
