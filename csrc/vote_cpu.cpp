@@ -41,10 +41,10 @@ Tensor vote_cpu(
     const Tensor& rows,      // [B, M, K, C] bfloat16
     const Tensor& to_q,      // [H * C/4, C]
     const Tensor& q_bias,    // [H * C/4] float32
-    const Tensor& to_k,      // [C / 2, H * C/4, 2]
-    const Tensor& mix,       // [C, H * C + C]
+    const Tensor& to_k,      // [H * C / 64, C / 2, 16, 2]
+    const Tensor& mix,       // [H + 1, C, C]
     const Tensor& mix_bias,  // [C] float32
-    const Tensor& out,       // [C / 2, V, 2]
+    const Tensor& out,       // [V / 16, C / 2, 16, 2]
     const Tensor& out_bias,  // [V] float32
     double epsilon)
 {

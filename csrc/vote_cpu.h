@@ -12,14 +12,14 @@ constexpr int kHeadWidth = 16;  // C / 4
 constexpr int kVoteRows = 32;   // candidates worked on together: those of one location, or of several whole ones
 constexpr int kMaxHeads = 8;
 
-// One call. Matrices are bfloat16, "pairs" means [depth / 2][columns][2], biases float32; see VoteWeights in
+// One call. Matrices are bfloat16, "pairs" means [columns / 16][depth / 2][16][2], biases float32; see VoteWeights in
 // dmv_fast/runtime/fold.py for what was multiplied into what.
 struct Voting {
   const uint16_t* rows;      // [locations][candidates][C]
   const uint16_t* to_q;      // [heads * C/4][C]
   const float* q_bias;       // [heads * C/4]
   const uint16_t* to_k;      // pairs of [C][heads * C/4]
-  const uint16_t* mix;       // [C][heads * C + C]: what head by head is heard, then the candidate itself
+  const uint16_t* mix;       // [heads + 1][C][C]: what is heard by each head, then the candidate itself
   const float* mix_bias;     // [C]
   const uint16_t* out;       // pairs of [C][V]
   const float* out_bias;     // [V]

@@ -1,168 +1,172 @@
 // The voting net (paper section 3.2 and supplement section 6) on 32 candidates at a time: one location's, or those of
-// several whole locations, kept apart by a mask. Everything runs transposed, a candidate a SIMD lane, so that softmax
-// and layer norm need no sum across lanes. `Product::block` multiplies 32 x 32 blocks:
-//   block(a, a_stride, b, b_columns, depth, c, start)
-//   c[32][32] = a[32][depth] * b + start, b in pairs [depth / 2][b_columns][2], start [32][32] or null for nothing;
-//   bfloat16 in, float32 out; strides in elements
+// several whole locations, kept apart by a mask. Up to the layer norm everything runs transposed, a candidate a SIMD
+// lane, so that softmax and layer norm need no sum across lanes. A candidate is mixed before it is heard: U_h x for all
+// heads h, then one product sums over heads and neighbours. `Product` multiplies, bfloat16 in, float32 out:
+//   left(a, count, b, take)    a [count][16][64] times b, pairs [32][32][2]: take(i, c [16][32]) for each i
+//   right(a, b, count, take)   a [32][64] times b, count times pairs [32][16][2]: take(i, c [32][16]) for each i
+//   logits(a, stride, b, c, between)   c[32][32] = a[32][32] * b, b pairs [16][32][2]; calls between(0) ..
+//                              between(kPieces - 1) on its way, to hide other work under the matrix unit's time
+//   add(a, b, steps, c)        c[32][32] += sum over steps of a[32][32] * b, pairs [16][32][2]; the next step's a lies
+//                              kRowsC numbers on, its b 32 * 32
 #pragma once
+
+#include "vote_numbers.h"
 
 namespace dmv_fast {
 namespace {
 
 constexpr int kRowsC = kVoteRows * kVoteWidth;
 
-// float32 lanes of two rows, rounded to bfloat16 (ties away from zero), as pairs. vcvtne2ps2bf16 and the permutation
-// that it wants take half as long again.
-inline __m512i pairs_of(__m512 even, __m512 odd) {
-  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
-  const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
-  return _mm512_ternarylogic_epi32(low, high, upper, 0xf8);  // low | (high & upper)
-}
-
-// 2^t for t <= 0, relative error 1e-4: less than half of what rounding the result to bfloat16 costs.
-inline __m512 exp2_rough(__m512 t) {
-  constexpr int kFractionAboveFloor = 0x09;
-  const __m512 f = _mm512_reduce_ps(t, kFractionAboveFloor);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0790214f), f, _mm512_set1_ps(0.2242416f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6967367f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.9999014f));
-  return _mm512_scalef_ps(p, t);
-}
-
-// 16 x 16 words of 32 bits: to[j][i] = from[i][j]. Strides in words.
-inline void transpose16(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
-  for (int i = 0; i < 16; i += 4) {
-    const __m512i low0 = _mm512_unpacklo_epi32(a[i], a[i + 1]), high0 = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    const __m512i low1 = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]), high1 = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
-    b[i] = _mm512_unpacklo_epi64(low0, low1);
-    b[i + 1] = _mm512_unpackhi_epi64(low0, low1);
-    b[i + 2] = _mm512_unpacklo_epi64(high0, high1);
-    b[i + 3] = _mm512_unpackhi_epi64(high0, high1);
-  }
-  for (int i = 0; i < 4; ++i) {  // b[4 q + i] holds, in each quarter p, column 4 p + i of rows 4 q .. 4 q + 3
-    const __m512i even01 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88), odd01 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-    const __m512i even23 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-    const __m512i odd23 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-    _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(even01, even23, 0x88));
-    _mm512_storeu_si512(to + (i + 4) * to_stride, _mm512_shuffle_i32x4(odd01, odd23, 0x88));
-    _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(even01, even23, 0xdd));
-    _mm512_storeu_si512(to + (i + 12) * to_stride, _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
-  }
-}
-
 struct alignas(64) VoteScratch {
-  uint16_t rows[kRowsC];                           // the candidates x
-  uint16_t across[kRowsC];                         // their transpose [C][32]
+  uint16_t rows[kRowsC];                                // the candidates x
+  uint16_t pairs[kRowsC];                               // x as pairs along C: [32][32][2]
   uint16_t keys[kVoteRows * kMaxHeads * kHeadWidth];
-  uint16_t query_pairs[kMaxHeads * kRowsC / 2];    // a head: [16][32][2], the half of its neighbour in the pair zero
-  uint16_t weight_pairs[kVoteRows * kVoteRows];    // softmax numerators of a head, pairs along who is heard
-  uint16_t heard[(kMaxHeads + 1) * kRowsC];        // pairs of [heads * C + C][32]: B operand of `mix`
-  uint16_t normed[kRowsC];                         // [32][C]
-  float block[kRowsC];                             // what Product::block wrote last, [64][32] at most
-  float mask[kVoteRows * kVoteRows];               // [32 heard][32 hearing]: 0, or very low for who is not heard
+  uint16_t query_pairs[kMaxHeads * kRowsC / 2];         // a head: [16][32][2], its neighbour's half of the pair zero
+  uint16_t values[kMaxHeads * kRowsC];                  // a head: U_h x, [C][32], candidates j and j + 16 side by side
+  uint16_t weights[kMaxHeads * kVoteRows * kVoteRows];  // a head: softmax, pairs (j, j + 16) of who is heard
+  uint16_t normed[kRowsC];                              // [32][C]
+  float logits[2][kVoteRows * kVoteRows];               // of a head and the next: [32 heard][32 hearing]
+  float powers[kVoteRows * kVoteRows];                  // two to those
+  float mixed[kRowsC];                                  // [C][32]
+  __mmask16 hearing[kVoteRows][2];                      // who hears each
 };
 
-// `scale`: one factor a lane. float32 [64][32] -> pairs [32][32][2].
-inline void store_pairs(const float* from, const __m512 (&scale)[2], uint16_t* to) {
-  for (int row = 0; row < kVoteWidth; row += 2)
-    for (int half = 0; half < 2; ++half) {
-      const float* const even = from + row * kVoteRows + half * 16;
-      const __m512 low = _mm512_mul_ps(_mm512_load_ps(even), scale[half]);
-      const __m512 high = _mm512_mul_ps(_mm512_load_ps(even + kVoteRows), scale[half]);
-      _mm512_store_si512(to + row * kVoteRows + half * 32, pairs_of(low, high));
-    }
-}
+constexpr int kPieces = 4;  // of the work between products
 
-// x -> its pairs along C (also the last part of `heard`) and its transpose.
-inline void turn_rows(VoteScratch& s, uint16_t* pairs) {
+// x -> its pairs along C.
+inline void turn_rows(VoteScratch& s) {
   constexpr int kWords = kVoteWidth / 2;
   auto* const words = reinterpret_cast<const uint32_t*>(s.rows);
-  auto* const turned = reinterpret_cast<uint32_t*>(pairs);
+  auto* const turned = reinterpret_cast<uint32_t*>(s.pairs);
   for (int row = 0; row < kVoteRows; row += 16)
     for (int word = 0; word < kWords; word += 16)
       transpose16(words + row * kWords + word, kWords, turned + word * kVoteRows + row, kVoteRows);
-  for (int word = 0; word < kWords; ++word)
-    for (int half = 0; half < 2; ++half) {
-      const __m512i both = _mm512_load_si512(turned + word * kVoteRows + half * 16);
-      auto* const row = reinterpret_cast<__m256i*>(s.across + 2 * word * kVoteRows) + half;
-      _mm256_store_si256(row, _mm512_cvtepi32_epi16(both));
-      _mm256_store_si256(row + 2, _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
-    }
 }
 
-// Keys row by row, queries as pairs. Two heads share a depth of 32: a head's own pairs lie at its half of it.
+// Queries of a head, float32 [16][32] -> pairs. Two heads share a depth of 32, a head's own pairs lie at its half.
+inline void store_queries(const float* from, const float* bias, uint16_t* to) {
+  for (int row = 0; row < kHeadWidth; row += 2) {
+    const __m512 even = _mm512_set1_ps(bias[row]), odd = _mm512_set1_ps(bias[row + 1]);
+    for (int half = 0; half < 2; ++half) {
+      const float* const query = from + row * kVoteRows + half * 16;
+      _mm512_store_si512(
+          to + row * kVoteRows + half * 32, pairs_of(_mm512_add_ps(_mm512_load_ps(query), even),
+                                                     _mm512_add_ps(_mm512_load_ps(query + kVoteRows), odd)));
+    }
+  }
+}
+
+// Queries, keys and values of all heads, and what the candidate itself adds to what it hears.
 template <class Product>
-void project(const Voting& call, const uint16_t* pairs, VoteScratch& s) {
-  const int width = call.heads * kHeadWidth;
-  for (int column = 0; column < width; column += 32) {
-    Product::block(s.rows, kVoteWidth, call.to_k + column * 2, width, kVoteWidth, s.block);
+void project(Product& product, const Voting& call, int heads, VoteScratch& s) {
+  const int width = heads * kHeadWidth;
+  product.left(call.to_q, heads, s.pairs, [&](int head, const float* queries) {
+    store_queries(queries, call.q_bias + head * kHeadWidth, s.query_pairs + (2 * head + head % 2) * 16 * kVoteRows);
+  });
+  product.left(call.mix, heads * 4, s.pairs, [&](int part, const float* values) {
+    uint16_t* const to = s.values + part * 16 * kVoteRows;
+    for (int row = 0; row < 16 * kVoteRows; row += kVoteRows)
+      _mm512_store_si512(to + row, pairs_cut(_mm512_load_ps(values + row), _mm512_load_ps(values + row + 16)));
+  });
+  product.left(call.mix + call.heads * kVoteWidth * kVoteWidth, 4, s.pairs, [&](int part, const float* values) {
+    float* const to = s.mixed + part * 16 * kVoteRows;
+    for (int i = 0; i < 16 * kVoteRows; i += 16) _mm512_store_ps(to + i, _mm512_load_ps(values + i));
+  });
+  product.right(s.rows, call.to_k, heads, [&](int head, const float* keys) {
     for (int row = 0; row < kVoteRows; ++row) {
-      const float* const key = s.block + row * kVoteRows;
-      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_load_ps(key + 16), _mm512_load_ps(key));
-      _mm512_store_si512(s.keys + row * width + column, reinterpret_cast<const __m512i&>(both));
+      const __m256bh key = _mm512_cvtneps_pbh(_mm512_load_ps(keys + row * kHeadWidth));
+      auto* const to = reinterpret_cast<__m256i*>(s.keys + row * width + head * kHeadWidth);
+      _mm256_store_si256(to, reinterpret_cast<const __m256i&>(key));
     }
-    Product::block(call.to_q + column * kVoteWidth, kVoteWidth, pairs, kVoteRows, kVoteWidth, s.block);
-    uint16_t* const head = s.query_pairs + column / kHeadWidth * kVoteRows * 32;
-    for (int row = 0; row < 32; row += 2) {
-      const __m512 even = _mm512_set1_ps(call.q_bias[column + row]), odd = _mm512_set1_ps(call.q_bias[column + row + 1]);
-      uint16_t* const to = head + row / kHeadWidth * kVoteRows * 32 + row * kVoteRows;
-      for (int half = 0; half < 2; ++half) {
-        const float* const query = s.block + row * kVoteRows + half * 16;
-        _mm512_store_si512(
-            to + half * 32, pairs_of(_mm512_add_ps(_mm512_load_ps(query), even),
-                                     _mm512_add_ps(_mm512_load_ps(query + kVoteRows), odd)));
-      }
-    }
-  }
+  });
 }
 
-// Logits [32 heard][32 hearing] of a head -> numerators as pairs, and one over their sum.
-inline void softmax(VoteScratch& s, __m512 (&scale)[2]) {
-  const float* const logits = s.block;
-  __m512 highest[2][2];  // two chains a half, or they wait for each other
-  for (int j = 0; j < 2; ++j)
-    for (int half = 0; half < 2; ++half) highest[j][half] = _mm512_load_ps(logits + j * kVoteRows + half * 16);
-  for (int j = 2; j < kVoteRows; ++j)
-    for (int half = 0; half < 2; ++half)
-      highest[j % 2][half] = _mm512_max_ps(highest[j % 2][half], _mm512_load_ps(logits + j * kVoteRows + half * 16));
+// The softmax of a head's logits. Powers of two of the logits as they are; logits too high or too low for that, which
+// a trained network has not, are shifted first.
+struct Softmax {
+  const __mmask16 (&hearing)[kVoteRows][2];
+  float *logits, *powers;
+  uint16_t* weights;
   __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int half = 0; half < 2; ++half) highest[0][half] = _mm512_max_ps(highest[0][half], highest[1][half]);
-  for (int j = 0; j < kVoteRows; j += 2)
-    for (int half = 0; half < 2; ++half) {
-      const float* const logit = logits + j * kVoteRows + half * 16;
-      const __m512 even = exp2_rough(_mm512_sub_ps(_mm512_load_ps(logit), highest[0][half]));
-      const __m512 odd = exp2_rough(_mm512_sub_ps(_mm512_load_ps(logit + kVoteRows), highest[0][half]));
-      sum[half] = _mm512_add_ps(sum[half], _mm512_add_ps(even, odd));
-      _mm512_store_si512(s.weight_pairs + j * kVoteRows + half * 32, pairs_of(even, odd));
-    }
-  for (int half = 0; half < 2; ++half) scale[half] = _mm512_div_ps(_mm512_set1_ps(1), sum[half]);
-}
+  __m512 scale[2] = {};
 
-// All heads' attention -> `heard`, who hears whom weighted but not yet mixed.
-template <class Product>
-void listen(int heads, VoteScratch& s) {
-  for (int head = 0; head < heads; ++head) {
-    Product::block(
-        s.keys + head / 2 * 32, heads * kHeadWidth, s.query_pairs + head * kVoteRows * 32, kVoteRows, 32, s.block, s.mask);
-    __m512 scale[2];
-    softmax(s, scale);
-    for (int row = 0; row < kVoteWidth; row += 32)
-      Product::block(
-          s.across + row * kVoteRows, kVoteRows, s.weight_pairs, kVoteRows, kVoteRows, s.block + row * kVoteRows);
-    store_pairs(s.block, scale, s.heard + head * kRowsC);
+  // 0 .. kPieces - 1, in this order.
+  void piece(int piece) {
+    if (piece < 2) raise(piece * 16);
+    if (piece == 1) finish();
+    if (piece >= 2) store(piece % 2 * 8);
   }
+
+ private:
+  void raise(int first) {
+    for (int j = first; j < first + 16; ++j)
+      for (int half = 0; half < 2; ++half) {
+        const int place = j * kVoteRows + half * 16;
+        const __m512 power = exp2_rough(hearing[j][half], _mm512_load_ps(logits + place));
+        _mm512_store_ps(powers + place, power);
+        sum[half] = _mm512_add_ps(sum[half], power);
+      }
+  }
+  void finish() {
+    const __m512 least = _mm512_set1_ps(0x1p-60f), most = _mm512_set1_ps(0x1p60f);
+    __mmask16 good = 0xffff;
+    for (const auto& x : sum)
+      good &= _mm512_cmp_ps_mask(x, least, _CMP_GT_OQ) & _mm512_cmp_ps_mask(x, most, _CMP_LT_OQ);
+    if (__builtin_expect(good != 0xffff, 0)) shift();
+    for (int half = 0; half < 2; ++half) scale[half] = _mm512_div_ps(_mm512_set1_ps(kCut * kCut), sum[half]);
+  }
+  __attribute__((noinline)) void shift() {
+    for (int half = 0; half < 2; ++half) {
+      float* const logit = logits + half * 16;
+      __m512 highest = _mm512_set1_ps(-__builtin_inff());
+      for (int j = 0; j < kVoteRows; ++j)
+        highest = _mm512_mask_max_ps(highest, hearing[j][half], highest, _mm512_load_ps(logit + j * kVoteRows));
+      for (int j = 0; j < kVoteRows; ++j)
+        _mm512_store_ps(logit + j * kVoteRows, _mm512_sub_ps(_mm512_load_ps(logit + j * kVoteRows), highest));
+      sum[half] = _mm512_setzero_ps();
+    }
+    raise(0);
+    raise(16);
+  }
+  void store(int first) {
+    for (int j = first; j < first + 8; ++j)
+      for (int half = 0; half < 2; ++half) {
+        const float* const power = powers + j * kVoteRows + half * 16;
+        _mm512_store_si512(
+            weights + j * 2 * kVoteRows + half * 32,
+            pairs_cut(_mm512_mul_ps(_mm512_load_ps(power), scale[half]),
+                      _mm512_mul_ps(_mm512_load_ps(power + 16 * kVoteRows), scale[half])));
+      }
+  }
+};
+
+// All heads' attention, and what is heard by it added to s.mixed. While one head's logits become weights, the next
+// one's are made.
+template <class Product>
+void listen(Product& product, int heads, VoteScratch& s) {
+  const auto logits = [&](int head, auto&& between) {
+    product.logits(
+        s.keys + head / 2 * 32, heads * kHeadWidth, s.query_pairs + head * kVoteRows * 32, s.logits[head % 2], between);
+  };
+  logits(0, [](int) {});
+  for (int head = 0; head < heads; ++head) {
+    Softmax softmax{s.hearing, s.logits[head % 2], s.powers, s.weights + head * kVoteRows * kVoteRows};
+    if (head + 1 < heads)
+      logits(head + 1, [&](int piece) { softmax.piece(piece); });
+    else
+      for (int piece = 0; piece < kPieces; ++piece) softmax.piece(piece);
+  }
+  for (int row = 0; row < kVoteWidth; row += 32)
+    product.add(s.values + row * kVoteRows, s.weights, heads, s.mixed + row * kVoteRows);
 }
 
-// Layer norm over C of s.block [C][32], whose rows have mean zero already (folded) -> s.normed [32][C].
+// Layer norm over C of s.mixed [C][32], whose rows have mean zero already (folded) -> s.normed [32][C].
 inline void normalise(const Voting& call, VoteScratch& s) {
   __m512 scale[2];
   for (int half = 0; half < 2; ++half) {
     __m512 squares = _mm512_setzero_ps();
     for (int c = 0; c < kVoteWidth; ++c) {
-      float* const place = s.block + c * kVoteRows + half * 16;
+      float* const place = s.mixed + c * kVoteRows + half * 16;
       const __m512 x = _mm512_add_ps(_mm512_load_ps(place), _mm512_set1_ps(call.mix_bias[c]));
       _mm512_store_ps(place, x);
       squares = _mm512_fmadd_ps(x, x, squares);
@@ -170,9 +174,14 @@ inline void normalise(const Voting& call, VoteScratch& s) {
     const __m512 variance = _mm512_fmadd_ps(squares, _mm512_set1_ps(1.0f / kVoteWidth), _mm512_set1_ps(call.epsilon));
     scale[half] = _mm512_div_ps(_mm512_set1_ps(1), _mm512_sqrt_ps(variance));
   }
-  uint16_t* const pairs = s.across;
-  store_pairs(s.block, scale, pairs);
-  auto* const words = reinterpret_cast<const uint32_t*>(pairs);
+  for (int i = 0; i < kRowsC; i += 2 * kVoteRows)
+    for (int half = 0; half < 2; ++half) {
+      const float* const even = s.mixed + i + half * 16;
+      const __m512 low = _mm512_mul_ps(_mm512_load_ps(even), scale[half]);
+      const __m512 high = _mm512_mul_ps(_mm512_load_ps(even + kVoteRows), scale[half]);
+      _mm512_store_si512(s.pairs + i + half * 32, pairs_of(low, high));
+    }
+  auto* const words = reinterpret_cast<const uint32_t*>(s.pairs);
   for (int row = 0; row < kVoteRows; row += 16)
     for (int word = 0; word < kVoteWidth / 2; word += 16)
       transpose16(
@@ -182,22 +191,18 @@ inline void normalise(const Voting& call, VoteScratch& s) {
 
 // To V, and the maximum over each location's candidates.
 template <class Product>
-void pool(const Voting& call, int64_t first, int64_t last, VoteScratch& s) {
-  for (int64_t column = 0; column < call.value_width; column += 32) {
-    Product::block(s.normed, kVoteWidth, call.out + column * 2, call.value_width, kVoteWidth, s.block);
-    const float* row = s.block;
+void pool(Product& product, const Voting& call, int64_t first, int64_t last, VoteScratch& s) {
+  product.right(s.normed, call.out, static_cast<int>(call.value_width / 16), [&](int part, const float* row) {
+    const __m512 bias = _mm512_loadu_ps(call.out_bias + part * 16);
     for (int64_t location = first; location < last; ++location) {
-      __m512 low = _mm512_load_ps(row), high = _mm512_load_ps(row + 16);
-      for (row += kVoteRows; row < s.block + (location - first + 1) * call.candidates * kVoteRows; row += kVoteRows) {
-        low = _mm512_max_ps(low, _mm512_load_ps(row));
-        high = _mm512_max_ps(high, _mm512_load_ps(row + 16));
-      }
-      low = _mm512_add_ps(low, _mm512_loadu_ps(call.out_bias + column));
-      high = _mm512_add_ps(high, _mm512_loadu_ps(call.out_bias + column + 16));
-      const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-      _mm512_storeu_si512(call.retrieved + location * call.value_width + column, reinterpret_cast<const __m512i&>(both));
+      __m512 highest = _mm512_load_ps(row);
+      row += 16;
+      for (int i = 1; i < call.candidates; ++i, row += 16) highest = _mm512_max_ps(highest, _mm512_load_ps(row));
+      const __m256bh value = _mm512_cvtneps_pbh(_mm512_add_ps(highest, bias));
+      auto* const to = reinterpret_cast<__m256i*>(call.retrieved + location * call.value_width + part * 16);
+      _mm256_storeu_si256(to, reinterpret_cast<const __m256i&>(value));
     }
-  }
+  });
 }
 
 template <class Product>
@@ -208,31 +213,23 @@ void vote_locations(const Voting& call, int64_t first, int64_t last) {
   for (int j = 0; j < kVoteRows; ++j) {
     const int location = j / call.candidates;
     const uint64_t mates = ((uint64_t(1) << call.candidates) - 1) << (location * call.candidates);
-    const uint32_t hears = location < together ? static_cast<uint32_t>(mates) & ~(uint32_t(1) << j) : 0;
-    for (int i = 0; i < kVoteRows; ++i) s.mask[j * kVoteRows + i] = (hears >> i & 1) ? 0.0f : -1e30f;
+    const uint32_t hears = location < together ? static_cast<uint32_t>(mates) & ~(uint32_t(1) << j) : uint32_t(1) << j;
+    for (int half = 0; half < 2; ++half) s.hearing[j][half] = static_cast<__mmask16>(hears >> 16 * half);
   }
   const int heads = call.candidates == 1 ? 0 : call.heads;  // nobody to hear: only the part on the candidate itself
-  uint16_t* const pairs = s.heard + heads * kRowsC;
-  const uint16_t* const mix = call.mix + (call.heads - heads) * kVoteWidth;
 
-  Product::begin();
+  Product product;
   for (int64_t location = first; location < last; location += together) {
     const int64_t end = location + together < last ? location + together : last;
     const int64_t present = (end - location) * call.candidates * kVoteWidth;
     __builtin_memcpy(s.rows, call.rows + location * call.candidates * kVoteWidth, present * 2);
     __builtin_memset(s.rows + present, 0, (kRowsC - present) * 2);
-    turn_rows(s, pairs);
-    if (heads) project<Product>(call, pairs, s);
-    listen<Product>(heads, s);
-    for (int row = 0; row < kVoteWidth; row += 32) {
-      const int64_t stride = (call.heads + 1) * kVoteWidth;
-      Product::block(
-          mix + row * stride, stride, s.heard, kVoteRows, (heads + 1) * kVoteWidth, s.block + row * kVoteRows);
-    }
+    turn_rows(s);
+    project(product, call, heads, s);
+    if (heads) listen(product, heads, s);
     normalise(call, s);
-    pool<Product>(call, location, end, s);
+    pool(product, call, location, end, s);
   }
-  Product::end();
 }
 
 }  // namespace

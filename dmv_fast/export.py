@@ -1,9 +1,13 @@
 """The network as three stateless ONNX graphs, float32, standard operators only; the memory is an input.
 
 backbone: crops (B, 256, 256, 3) uint8 BGR -> features (B, D, H, W)
-read:     features, keys (B, N, D), values (B, N, C), valid (B,) int32
-          -> scores (B, A, H, W) in [0, 1], deltas (B, A, 4, H, W), boxes (B, A, H, W, 4) xywh in crop pixels
+read:     features, keys (B, N, D), values (B, N, C), valid (B,) int32, size (B, 2) the last w and h
+          -> box (B, 4) and score (B,) of the best, scores (B, A, H, W) in [0, 1], deltas (B, A, 4, H, W),
+          boxes (B, A, H, W, 4); sizes and boxes (xywh) in crop pixels
 write:    features, scores, deltas -> keys (B, M, D), values (B, M, C)
+
+A fourth, without weights, stands in for the read in the first frame, where the box is known:
+first:    box (B, 4) -> scores, deltas
 
 B and N are free, N at least K. The first `valid` rows of the memory exist. A stored value is C wide: the
 voting net's first linear map is applied when it is written (design: "inference algebra").
@@ -28,12 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from dmv_fast.model.dmv import DMV
+from dmv_fast.model.pick import cosine_window, pick
 from dmv_fast.ops.gather import gather_reference
 from dmv_fast.ops.retrieve import retrieve_reference
 from dmv_fast.tracker import TrackerConfig
 from dmv_fast.vision.crop import CROP_SIZE, normalise
 
-GRAPHS = ("backbone", "read", "write")
+GRAPHS = ("backbone", "first", "read", "write")
 DESCRIPTION = "dmv.json"
 OPSET = 18
 TOLERANCE = 0.05  # of the check: pixels of the crop for boxes, else the values' own unit
@@ -58,16 +63,29 @@ class Look(nn.Module):
         return self.backbone(normalise(crops))
 
 
+class First(nn.Module):
+    """The box of the first frame as the read would have said it, were it sure."""
+
+    def __init__(self, model: DMV):
+        super().__init__()
+        self.model = model
+
+    def forward(self, box: Tensor) -> tuple[Tensor, Tensor]:
+        """box (B, 4) xywh in crop pixels -> scores (B, A, H, W), deltas (B, A, 4, H, W)."""
+        return self.model.exact_maps(box)
+
+
 class Read(nn.Module):
-    """Features and memory to scores, deltas and boxes: retrieve, vote, head, by the plain operators."""
+    """Features and memory to boxes: retrieve, vote, head and the choice, by the plain operators."""
 
     def __init__(self, model: DMV, k: int):
         super().__init__()
         self.model, self.k = model, k
+        self.register_buffer("window", cosine_window(len(model.config.anchor_ratios), model.config.grid))
 
     def forward(
-        self, features: Tensor, keys: Tensor, values: Tensor, valid: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, features: Tensor, keys: Tensor, values: Tensor, valid: Tensor, size: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Shapes: see the module's docstring. values are projected already (C wide)."""
         read, vote = self.model.read, self.model.read.voting
         scores, indices = retrieve_reference(read.query(features), keys, self.k, valid)
@@ -75,7 +93,9 @@ class Read(nn.Module):
         query_part = vote.query_in(features.flatten(2).transpose(1, 2))  # (B, M, C)
         rows = gather_reference(values, null, query_part, indices, scores)
         logits, deltas = self.model.head(features, vote(rows))
-        return logits.sigmoid(), deltas, self.model.decode(deltas)
+        scores, boxes = logits.sigmoid(), self.model.decode(deltas)
+        best = pick(scores, boxes, size, self.window, TrackerConfig().pick)
+        return best.box, best.score, scores, deltas, boxes
 
 
 class Write(nn.Module):
@@ -117,6 +137,9 @@ def graph(model: DMV, name: str, k: int) -> Graph:
     if name == "backbone":
         crops = torch.randint(256, (batch, CROP_SIZE, CROP_SIZE, 3), dtype=torch.uint8, generator=noise)
         return Graph(Look(model), {"crops": crops}, ("features",))
+    if name == "first":
+        box = torch.tensor([[96.0, 90.0, 64.0, 70.0], [80.0, 96.0, 90.0, 60.0]])
+        return Graph(First(model), {"box": box}, ("scores", "deltas"))
     if name == "write":
         soft = {"scores": torch.rand(batch, anchors, c.grid, c.grid, generator=noise)}
         soft["deltas"] = torch.randn(batch, anchors, 4, c.grid, c.grid, generator=noise)
@@ -127,13 +150,14 @@ def graph(model: DMV, name: str, k: int) -> Graph:
         "values": torch.randn(batch, rows, c.vote_dim, generator=noise),
         "valid": torch.tensor([model.locations, rows], dtype=torch.int32),
     }
-    return Graph(Read(model, k), {"features": features, **memory}, ("scores", "deltas", "boxes"))
+    given = {"features": features, **memory, "size": torch.tensor([[64.0, 70.0], [90.0, 60.0]])}
+    return Graph(Read(model, k), given, ("box", "score", "scores", "deltas", "boxes"))
 
 
 def export_onnx(
     model: DMV, folder: Path, *, k: int | None = None, source: dict[str, str] | None = None
 ) -> dict[str, float]:
-    """Write backbone.onnx, read.onnx, write.onnx and dmv.json to a folder (made if need be), and check them.
+    """Write a file NAME.onnx for each of GRAPHS and dmv.json to a folder (made if need be), and check them.
 
     Args:
         model: float32 on the CPU, in evaluation mode.
@@ -240,10 +264,17 @@ def description(model: DMV, k: int) -> dict[str, Any]:
         },
         "graphs": {
             "backbone": {"crops": "uint8 (B, 256, 256, 3) BGR", "->": {"features": "(B, D, H, W)"}},
+            "first": {
+                "box": "(B, 4) x, y, w, h in crop pixels",
+                "->": {"scores": "(B, A, H, W)", "deltas": "(B, A, 4, H, W)"},
+            },
             "read": {
                 "features": "(B, D, H, W)", "keys": "(B, N, D)", "values": "(B, N, C)",
                 "valid": "int32 (B,): leading rows of keys and values that exist",
+                "size": "(B, 2) the target's last width and height in crop pixels",
                 "->": {
+                    "box": "(B, 4) the best by tracker.pick, x, y, w, h in crop pixels; its size is smoothed",
+                    "score": "(B,) of that box, in [0, 1]",
                     "scores": "(B, A, H, W) in [0, 1]", "deltas": "(B, A, 4, H, W)",
                     "boxes": "(B, A, H, W, 4) x, y, w, h in crop pixels",
                 },

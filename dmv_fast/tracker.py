@@ -21,6 +21,7 @@ from dmv_fast.runtime.precision import fast_dtype
 from dmv_fast.vision.crop import Window, search_window
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SPLIT = "bfloat16x3"  # float32, whose convolutions are three products of bfloat16 parts
 _SMALLEST = 2.0  # pixels; a box never shrinks below
 
 
@@ -36,15 +37,18 @@ class TrackerConfig:
     """How the box is chosen."""
     found_score: float = 0.3
     """Below this centre score the target is lost: the box stays where it was and nothing is remembered."""
-    refound_score: float = 0.5
-    """The centre score at which a lost target is found again."""
-    search_growth: float = 1.05
-    """How much wider the search window gets with each frame in which the target is lost ..."""
-    search_most: float = 1.25
-    """... up to this many times its width. In a wider one the target is smaller, and is found less often."""
-    search_rings: int = 2
-    """Every second frame of a loss looks beside the last place, at windows that are half a window's width
-    apart: at 1 the eight around it, at 2 also the sixteen around these; at 0 at none."""
+    refound_score: float = 0.65
+    """The centre score at which a lost target is found again. More than staying found takes: while a target
+    is out of sight its like is seen at many places, and one that is believed is not left again."""
+    search_home: int = 3
+    """Every so many frames of a loss one looks at the last place, as most come back where they were hidden;
+    the others look at the places around (`search_width`). At 1 all look at the last place."""
+    search_width: float = 1.25
+    """How much wider than usual the windows at those places are: the wider, the fewer it takes, and the
+    smaller and less often found is the target in them."""
+    search_patience: int = 60
+    """Frames of a loss in which the search keeps to the side of the frame on which the target left, or to
+    about a window's width around where it was hidden; after these it goes over the whole frame."""
 
 
 class TrackResult(NamedTuple):
@@ -69,7 +73,8 @@ class FastDMVTracker:
         weights: a shipped name ("dmv18") or a .safetensors file.
         k: candidates K that vote at each location, 1 to 32; None: the checkpoint's own.
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1" ...
-        dtype: "auto" (the fastest here), "float32", "bfloat16" or "float16".
+        dtype: "auto" (the fastest here), "float32", "bfloat16" or "float16"; or, on a CPU with AMX,
+            "bfloat16x3": near float32, the convolutions by three products in bfloat16.
         backend: of the retrieval: "auto", "reference", "cpu", "triton" or "cuda". "reference" in float32 is
             the plain PyTorch network, all else the folded one.
         config: how the network is used; None: `TrackerConfig()`.
@@ -150,12 +155,25 @@ class Target:
         self._size = (image.shape[1], image.shape[0])
         self._frame = self._last_written = 0
         self._lost = 0  # frames since it was last found
-        self._scale = 1.0  # how much wider than usual the search is
+        self._whole = box[2:]  # its size when last found clear of the frame's sides, which cut it
+        self._places: list[tuple[float, float]] = []  # centres to search at when lost
+        self._near = 0  # how many of these, the first, are near where it was lost
 
     def look(self, config: TrackerConfig) -> tuple[Window, np.ndarray]:
-        """The search window, and the target's last width and height in it (2,), in crop pixels."""
-        window = search_window(self._guess(config.search_rings), scale=self._scale)
-        return window, window.to_crop(self.box)[2:]
+        """The search window, and the width and height to expect in it (2,), in crop pixels."""
+        if not self._lost:
+            window = search_window(self.box)
+            return window, window.to_crop(self.box)[2:]
+        box = self._whole_box()
+        rounds, turn = divmod(self._lost - 1, config.search_home)
+        if turn:
+            count = self._near if self._lost <= config.search_patience else len(self._places)
+            cx, cy = self._places[(rounds * (config.search_home - 1) + turn - 1) % count]
+            w, h = box[2:]
+            window = search_window((cx - w / 2, cy - h / 2, w, h), scale=config.search_width)
+        else:
+            window = search_window(box)
+        return window, window.to_crop(box)[2:]
 
     def settle(
         self, window: Window, answer: np.ndarray, config: TrackerConfig, write: Callable[[int], bool]
@@ -165,33 +183,54 @@ class Target:
         self.score = float(answer[4])
         found = self.score >= (config.refound_score if self._lost else config.found_score)
         self._lost = 0 if found else self._lost + 1
-        self._scale = 1.0 if found else min(self._scale * config.search_growth, config.search_most)
+        if self._lost == 1:
+            self._places, self._near = self._sweep(config.search_width)
         written = False
         if found:
             self.box = self._keep_in_frame(window.to_frame(answer[:4]))
+            if self._is_clear():
+                self._whole = self.box[2:]
             if config.policy.wants(self._frame, self._last_written, self.score):
                 written = write(self._frame)
                 self._last_written = self._frame
         return TrackResult(self.box, self.score, found, written)
 
-    def _guess(self, rings: int) -> tuple[float, float, float, float]:
-        """The box to look around: the last one; every second frame of a loss one beside it, nearest first."""
-        turn, beside = divmod(max(self._lost - 1, 0), 2)
-        if not beside or not (places := self._beside(rings)):
-            return self.box
-        x, y, w, h = self.box
-        dx, dy = places[turn % len(places)]
-        return x + dx, y + dy, w, h
+    def _is_clear(self) -> bool:
+        """Whether the box keeps a twentieth of its size from every side of the frame."""
+        return all(
+            start > 0.05 * size and start + size < length - 0.05 * size
+            for start, size, length in zip(self.box[:2], self.box[2:], self._size, strict=True)
+        )
 
-    def _beside(self, rings: int) -> list[tuple[float, float]]:
-        """Offsets of the places around the last one whose centres are in the frame, ring by ring."""
+    def _whole_box(self) -> tuple[float, float, float, float]:
+        """The last box at the target's full size: as it left the frame, its box was but a part of it."""
         x, y, w, h = self.box
-        step = search_window(self.box).side / 2
-        steps = range(-rings, rings + 1)
-        places = [(i * step, j * step) for j in steps for i in steps if i or j]
-        places.sort(key=lambda at: (max(map(abs, at)), abs(at[0]) + abs(at[1])))
-        (width, height), (cx, cy) = self._size, (x + w / 2, y + h / 2)
-        return [(dx, dy) for dx, dy in places if 0 <= cx + dx <= width and 0 <= cy + dy <= height]
+        whole_w, whole_h = max(w, self._whole[0]), max(h, self._whole[1])
+        return x + (w - whole_w) / 2, y + (h - whole_h) / 2, whole_w, whole_h
+
+    def _sweep(self, scale: float) -> tuple[list[tuple[float, float]], int]:
+        """Centres of windows that cover the frame, and how many of them, the first, are near.
+
+        Near: in the outermost row or column at a side by which the target left, that is, from which its
+        centre was less than its size away; without such a side, within a window's width. Nearest first.
+        """
+        x, y, w, h = self._whole_box()
+        cx, cy = x + w / 2, y + h / 2
+        side = search_window((x, y, w, h)).side * scale
+        pitch = max(side - math.sqrt(w * h), 1.0)
+        width, height = self._size
+        columns, rows = _spread(width, w, side, pitch), _spread(height, h, side, pitch)
+        left_by_x = {x for x, gap in ((columns[0], cx), (columns[-1], width - cx)) if gap < w}
+        left_by_y = {y for y, gap in ((rows[0], cy), (rows[-1], height - cy)) if gap < h}
+
+        def is_near(px: float, py: float) -> bool:
+            if left_by_x or left_by_y:
+                return px in left_by_x or py in left_by_y
+            return max(abs(px - cx), abs(py - cy)) < side
+
+        places = [(px, py) for py in rows for px in columns]
+        places.sort(key=lambda at: (not is_near(*at), abs(at[0] - cx) + abs(at[1] - cy)))
+        return places, sum(is_near(*at) for at in places)
 
     def check_size(self, image: np.ndarray) -> None:
         """ValueError unless the image has the size of the frame in which the target was chosen."""
@@ -212,6 +251,16 @@ class Target:
         return float(cx - w / 2), float(cy - h / 2), float(w), float(h)
 
 
+def _spread(length: float, extent: float, side: float, pitch: float) -> list[float]:
+    """Centres of windows of that side, at most a pitch apart, that cover a frame's axis of that length.
+
+    A target of that extent at the frame's edge is whole in the outermost one, as far in as that allows.
+    """
+    count = max(1, math.ceil((length - extent) / pitch))
+    rim = min((side - extent) / 2, length / 2)
+    return [min(max((i + 0.5) * length / count, rim), length - rim) for i in range(count)]
+
+
 def frame_step_for(
     weights: str, k: int | None, device: str, dtype: str, backend: str, config: TrackerConfig,
     targets: int = 1,
@@ -219,8 +268,9 @@ def frame_step_for(
     """FastDMVTracker's arguments, checked, as what runs a frame; the network is shared."""
     where = _resolve_device(device)
     network = load_network(
-        str(weights), where, _resolve_dtype(dtype, where), _resolve_backend(backend, where)
-    )
+        str(weights), where, _resolve_dtype(dtype, where), _resolve_backend(backend, where),
+        split=dtype == _SPLIT,
+    )  # fmt: skip
     k = network.model.config.candidates if k is None else k
     if not 1 <= k <= 32:
         raise ValueError(f"k is {k}; it must be 1 to 32")
@@ -282,9 +332,9 @@ def _resolve_device(name: str) -> torch.device:
 def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return fast_dtype(device)
-    if name not in _DTYPES:
-        raise ValueError(f"dtype is {name!r}; it must be auto or one of {sorted(_DTYPES)}")
-    return _DTYPES[name]
+    if name not in (*_DTYPES, _SPLIT):
+        raise ValueError(f"dtype is {name!r}; it must be auto or one of {sorted([*_DTYPES, _SPLIT])}")
+    return torch.float32 if name == _SPLIT else _DTYPES[name]
 
 
 def _resolve_backend(name: str, device: torch.device) -> str:

@@ -9,69 +9,22 @@ import re
 import shlex
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
+from doc_pages import PAGES, ROOT, blocks, commands, lay_desk
 
 from dmv_fast import cli
 from dmv_fast.training.recipe import load_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # test_adapters_*.py run its blocks within the hosts' own loops; the other two have a test file of their name.
 CODE_RUN_ELSEWHERE = {"adapters.md", "annotate.md", "export.md"}
-# These wait for somebody, or for hours: they are parsed, not run.
-PARSED_ONLY = ("--select", "--view", "--ray", "train ", "bench", "track 0", "--minutes")
-BOX = (60, 50, 40, 36)
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
-
-
-def commands(page: Path) -> list[str]:
-    """The lines of shell blocks, and commands in tables and running text."""
-    text = page.read_text(encoding="utf-8")
-    found = [line for block in blocks(page, "sh") for line in block.splitlines()]
-    found += re.findall(r"`((?:dmv-fast|python|make|pip) [^`\n]+)`", text)
-    joined = "\n".join(found).replace("\\\n", " ")
-    lines = (line.split("  #")[0].strip() for line in joined.splitlines())
-    return [line for line in lines if re.match(r"(dmv-fast|python|make|pip|torchrun) ", line)]
-
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-
-def moving_square(frames: int) -> list[np.ndarray]:
-    """A textured square that moves two pixels a frame over another texture."""
-    rng = np.random.default_rng(0)
-    ground = cv2.resize(rng.integers(0, 120, (24, 32, 3), np.uint8), (320, 240))
-    target = cv2.resize(rng.integers(100, 255, (6, 6, 3), np.uint8), BOX[2:], interpolation=cv2.INTER_CUBIC)
-    clip = []
-    for i in range(frames):
-        frame, x = ground.copy(), BOX[0] + 2 * i
-        frame[BOX[1] : BOX[1] + BOX[3], x : x + BOX[2]] = target
-        clip.append(frame)
-    return clip
 
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
     """A working directory in which the names that the pages use are there."""
-    clip = moving_square(8)
-    writer = cv2.VideoWriter(str(tmp_path / "video.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 25, (320, 240))
-    for frame in clip:
-        writer.write(frame)
-    writer.release()
-    sequence = tmp_path / "DATASETS" / "OTB" / "Square"
-    (sequence / "img").mkdir(parents=True)
-    for i, frame in enumerate(clip, 1):
-        cv2.imwrite(str(sequence / "img" / f"{i:04d}.jpg"), frame)
-    lines = (f"{BOX[0] + 2 * i},{BOX[1]},{BOX[2]},{BOX[3]}" for i in range(len(clip)))
-    (sequence / "groundtruth_rect.txt").write_text("\n".join(lines) + "\n")
-    (tmp_path / "DEV").symlink_to(tmp_path / "DATASETS" / "OTB")
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (tmp_path / "videos.csv").write_text("video,x,y,w,h\nvideo.mp4,60,50,40,36\n")
+    lay_desk(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -119,26 +72,6 @@ def check_script(words: list[str], line: str) -> None:
     for word in words[2:]:
         if word.startswith("--"):
             assert f'"{word.split("=")[0]}"' in text, f"{words[1]} has no option {word}: {line}"
-
-
-RUN_PAGES = [page for page in PAGES if page.name in ("README.md", "quickstart.md", "inspect.md")]
-
-
-@pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: page.name)
-def test_commands_run(page, desk, capsys):
-    """The first pages' commands, word for word but for the box, on a made clip."""
-    ran = 0
-    for line in commands(page):
-        if not line.startswith("dmv-fast ") or len(shlex.split(line)) < 2:
-            continue
-        if any(word in line + " " for word in PARSED_ONLY):
-            continue
-        words = shlex.split(line)[1:]
-        if "--box" in words:
-            words[words.index("--box") + 1] = ",".join(map(str, BOX))
-        assert cli.main(words) == 0, f"{line}: {capsys.readouterr().err}"
-        ran += 1
-    assert ran >= 2
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import torch
 from dmv_fast import FastDMVTracker, cli, export, load_model
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.memory import MemoryPolicy
+from dmv_fast.model.pick import cosine_window, pick
 from dmv_fast.tracker import TrackerConfig
 from dmv_fast.vision.crop import cut, normalise, search_window
 from dmv_fast.vision.video import VideoWriter
@@ -135,13 +136,26 @@ def test_graphs_give_pytorchs_numbers_on_crops(place: Path, model: DMV) -> None:
         "values": np.concatenate([our_values, our_values[::-1], junk[1]], 1),
         "valid": np.array([512, 256, 400], np.int32),
     }
-    scores, deltas, boxes = session(place, "read").run(None, {"features": features.numpy(), **memory})
+    size = np.array([[60, 60], [64, 50], [90, 30]], np.float32)
+    given = {"features": features.numpy(), **memory, "size": size}
+    box, score, scores, deltas, boxes = session(place, "read").run(None, given)
     long = torch.cat([keys, keys.flip(0)], 1), torch.cat([values, values.flip(0)], 1)
     valid = torch.tensor([512, 256, 400], dtype=torch.int32)
     wanted = model(features, *long, valid=valid, backend="reference")
     np.testing.assert_allclose(scores, wanted.logits.sigmoid().numpy(), atol=1e-3)
     np.testing.assert_allclose(deltas, wanted.deltas.numpy(), atol=1e-3)
     np.testing.assert_allclose(boxes, model.decode(wanted.deltas).numpy(), atol=0.05)
+    window, config = cosine_window(5, 16), TrackerConfig().pick
+    best = pick(*map(torch.from_numpy, (scores, boxes, size)), window, config)
+    np.testing.assert_allclose(box, best.box.numpy(), atol=1e-3)
+    np.testing.assert_allclose(score, best.score.numpy(), atol=1e-6)
+
+
+def test_the_first_frames_box_becomes_maps(place: Path, model: DMV) -> None:
+    box = np.array([[96, 96, 64, 64], [30.5, -9, 40, 90], [200, 10, 20, 300]], np.float32)
+    ours = session(place, "first").run(None, {"box": box})
+    for given, wanted in zip(ours, model.exact_maps(torch.from_numpy(box)), strict=True):
+        np.testing.assert_allclose(given, wanted.numpy(), atol=1e-5)
 
 
 def test_one_candidate(tmp_path: Path, model: DMV) -> None:
@@ -210,14 +224,12 @@ def test_the_example_over_a_whole_real_clip(place: Path, example: ModuleType, sh
 def test_what_the_page_shows_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_shell(blocks("sh")[1], place)
     rows = (place / "boxes.csv").read_text().splitlines()
-    assert (
-        rows[:2] == ["frame,x,y,w,h,score,found", "0,20.000,30.000,24.000,24.000,1.0000,1"] and len(rows) == 5
-    )
+    assert rows[:2] == ["frame,x,y,w,h,score,found", "0,20,30,24,24,1,1"] and len(rows) == 5
     monkeypatch.chdir(place)
     (code,) = blocks("python")
     names: dict[str, np.ndarray] = {}
     exec(code, names)
-    assert names["boxes"].shape == (1, 5, 16, 16, 4)
+    assert names["boxes"].shape == (1, 5, 16, 16, 4) and names["box"].shape == (1, 4)
     assert len(blocks("sh")) == 2
 
 

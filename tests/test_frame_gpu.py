@@ -16,6 +16,7 @@ import torch
 from lively import lively
 
 from dmv_fast import FastDMVTracker
+from dmv_fast.evaluation.speed import synthetic_clip
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.model.pick import PickConfig
@@ -32,25 +33,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-BOXES = [(300, 200, 80, 60), (100, 90, 40, 90), (500, 300, 60, 60), (20, 330, 50, 50)]
+CLIP = synthetic_clip(12, (640, 400))
+IMAGES = CLIP.frames
+BOXES = [CLIP.box, (100, 90, 40, 90), (500, 300, 60, 60), (20, 330, 50, 50)]
 ALWAYS = TrackerConfig(capacity=4, policy=MemoryPolicy(interval=1, threshold=0.0), found_score=0.0)
 FRAMES = 2000
-
-
-def scene(count: int) -> list[np.ndarray]:
-    """A textured patch that drifts over a blurred background, 640 x 400."""
-    rng = np.random.default_rng(0)
-    background = cv2.resize(rng.integers(0, 255, (50, 80, 3), np.uint8), (640, 400))
-    patch = cv2.resize(rng.integers(0, 255, (12, 16, 3), np.uint8), (80, 60))
-    frames = []
-    for i in range(count):
-        frame = background.copy()
-        frame[200 + i : 260 + i, 300 + 2 * i : 380 + 2 * i] = patch
-        frames.append(frame)
-    return frames
-
-
-IMAGES = scene(12)
 
 
 def fast_step(
@@ -101,7 +88,7 @@ def test_frame_is_the_reference_s(shipped, dtype):
     for step in steps:
         start(step, BOXES[:1])
     for i, image in enumerate(IMAGES[1:6], start=1):
-        windows, sizes = at([(300 + 2 * i, 200 + i, 80, 60)])
+        windows, sizes = at([(CLIP.box[0] + 2 * i, CLIP.box[1] + i, *CLIP.box[2:])])
         expected, found = (step.step(image, windows, sizes) for step in steps)
         assert_alike(found, expected)
         assert all(step.write(0, i) for step in steps)
@@ -348,7 +335,7 @@ def test_without_triton(shipped, monkeypatch):
     for step in (plain, fast):
         start(step, BOXES[:1])
     for i, image in enumerate(IMAGES[1:4], start=1):
-        windows, sizes = at([(300 + 2 * i, 200 + i, 80, 60)])
+        windows, sizes = at([(CLIP.box[0] + 2 * i, CLIP.box[1] + i, *CLIP.box[2:])])
         expected, found = (step.step(image, windows, sizes) for step in (plain, fast))
         assert_alike(found, expected)
         assert plain.write(0, i) and fast.write(0, i)

@@ -14,11 +14,10 @@ from dmv_fast.tracker import FastDMVTracker, TrackerConfig
 from dmv_fast.vision.crop import Window, search_window
 
 BOX = (300.0, 200.0, 40.0, 40.0)
-STEP = search_window(BOX).side / 2
+SIDE = search_window(BOX).side
 FRAME = np.zeros((480, 640, 3), np.uint8)
 PLAIN = TrackerConfig(
-    found_score=0.3, refound_score=0.6, search_growth=1.1, search_most=1.3, search_rings=0,
-    policy=MemoryPolicy(interval=1, threshold=0.0),
+    found_score=0.3, refound_score=0.6, search_home=1, policy=MemoryPolicy(interval=1, threshold=0.0)
 )  # fmt: skip
 
 
@@ -64,17 +63,15 @@ def sides(frames: Scripted) -> list[float]:
     return [windows[0].side / frames.windows[0][0].side for windows in frames.windows]
 
 
-def steps_aside(frames: Scripted) -> list[tuple[int, int]]:
-    """How many half windows each look is off the first one's centre, to the right and down."""
-    middles = np.array([(w.x0 + w.side / 2, w.y0 + w.side / 2) for (w,) in frames.windows])
-    return [tuple(at) for at in np.round((middles - middles[0]) / STEP).astype(int).tolist()]
+def centres(frames: Scripted) -> np.ndarray:
+    """(n, 2) middles of the windows looked at."""
+    return np.array([(w.x0 + w.side / 2, w.y0 + w.side / 2) for (w,) in frames.windows])
 
 
-def test_the_search_widens_while_lost_and_is_as_before_once_found(follow):
-    _, frames = follow(PLAIN, [0.9, 0.1, 0.1, 0.1, 0.1, 0.9, 0.9])
-    assert sides(frames)[:2] == [1.0, 1.0] and sides(frames)[-1] == 1.0
-    assert sides(frames)[2:6] == pytest.approx([1.1, 1.21, 1.3, 1.3], abs=0.07)
-    assert set(steps_aside(frames)) == {(0, 0)}
+def test_the_search_is_as_before_once_found(follow):
+    _, frames = follow(TrackerConfig(search_home=2, search_width=1.5), [0.9, 0.1, 0.1, 0.1, 0.1, 0.9, 0.9])
+    assert sides(frames) == pytest.approx([1, 1, 1, 1.5, 1, 1.5, 1], abs=0.01)
+    assert np.abs(centres(frames)[[0, 1, 2, 4, 6]] - (320, 220)).max() <= 0.5
 
 
 def test_finding_again_takes_more_than_staying_found(follow):
@@ -91,10 +88,10 @@ def test_the_box_stays_while_lost_and_goes_to_where_it_is_found(follow):
 
 
 def test_sizes_are_in_pixels_of_the_widened_crop(follow):
-    _, frames = follow(PLAIN, [0.1] * 5)
+    _, frames = follow(TrackerConfig(search_home=2, search_width=1.5), [0.1] * 5)
     for (window,), (size,) in zip(frames.windows, frames.sizes, strict=True):
         assert size == pytest.approx([40 * 256 / window.side] * 2)
-    assert frames.sizes[-1][0, 0] < 0.8 * frames.sizes[0][0, 0]
+    assert frames.sizes[2][0, 0] < 0.8 * frames.sizes[0][0, 0]
 
 
 def test_nothing_is_remembered_of_a_frame_without_the_target(follow):
@@ -103,30 +100,56 @@ def test_nothing_is_remembered_of_a_frame_without_the_target(follow):
     assert [result.memory_written for result in results] == [True, False, False, False, True, True]
 
 
-def test_every_second_frame_looks_beside_the_last_place(follow):
-    _, frames = follow(TrackerConfig(search_rings=1), [0.1] * 18)
-    asides = steps_aside(frames)
-    assert set(asides[1::2]) == {(0, 0)}  # the first frame is not lost yet, the second looks again
-    assert {abs(x) + abs(y) for x, y in asides[2:10:2]} == {1}
-    assert len(set(asides[2::2])) == 8 and {max(map(abs, at)) for at in asides[2::2]} == {1}
-    _, frames = follow(TrackerConfig(search_rings=2), [0.1] * 50)
-    assert [max(map(abs, at)) for at in steps_aside(frames)[2::2]] == [1] * 8 + [2] * 16
+@pytest.mark.parametrize("home", [1, 2, 3])
+def test_every_so_many_frames_of_a_loss_one_looks_at_the_last_place(follow, home):
+    _, frames = follow(TrackerConfig(search_home=home), [0.1] * 13)
+    at_home = np.abs(centres(frames)[1:] - (320, 220)).max(1) <= 0.5  # the first frame is not lost yet
+    assert at_home.tolist() == [number % home == 0 for number in range(12)]
 
 
-def test_no_look_goes_beyond_the_frame(follow):
-    """A target that went out on the left is not sought there."""
-    out = (-18.0, 220.0, 40.0, 40.0)
-    _, frames = follow(TrackerConfig(search_rings=1), [0.9] + [0.1] * 30, [out] * 31)
-    start = round((2 - 320) / STEP)
-    assert {at for at in steps_aside(frames)[3::2]} == {
-        (start + right, down) for right, down in ((0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
-    }
+def test_the_whole_frame_is_searched_in_the_end_and_the_neighbourhood_first(follow):
+    """A target of 40 pixels, wherever its centre is, is whole in a window that is looked at."""
+    config = TrackerConfig(search_home=2, search_patience=10)
+    _, frames = follow(config, [0.1] * 60)
+    beside = centres(frames)[2::2]
+    assert np.abs(beside[:5] - (320, 220)).max() < config.search_width * SIDE
+    distance = np.abs(beside[:3] - (320, 220)).sum(1)
+    assert (np.diff(distance) >= -1).all(), "nearest first"
+    reach = np.array([window.side for (window,) in frames.windows[2::2]]) / 2 - 20
+    for x in np.arange(20, 621, 5):
+        for y in np.arange(20, 461, 5):
+            assert (np.abs(beside[5:] - (x, y)).max(1) <= reach[5:] + 1).any(), (x, y)
+
+
+@pytest.mark.parametrize(
+    ("out", "axis", "end"),
+    [((-18, 220), 0, 0), ((610, 100), 0, 640), ((300, -15), 1, 0), ((280, 450), 1, 480)],
+)
+def test_a_target_that_left_the_frame_is_sought_along_that_side(follow, out, axis, end):
+    _, frames = follow(TrackerConfig(), [0.9] + [0.1] * 50, [(*out, 40.0, 40.0)] * 51)
+    looks = [(window, at) for (window,), at in zip(frames.windows, centres(frames), strict=True)][3:]
+    beside = [(window, at) for window, at in looks if window.side > 1.1 * SIDE]
+    assert {round(abs(at[axis] - end)) for _, at in beside} == {round(1.25 * SIDE / 2 - 20)}
+    reached = sorted((at[1 - axis], window.side / 2) for window, at in beside)
+    length = (640, 480)[1 - axis]
+    assert reached[0][0] <= reached[0][1] and reached[-1][0] >= length - reached[-1][1]
+    assert max(b[0] - a[0] for a, b in zip(reached, reached[1:], strict=False)) <= 1.25 * SIDE - 39
+
+
+def test_a_target_that_was_cut_by_the_frame_is_sought_at_its_full_size(follow):
+    half = (-1.0, 200.0, 20.0, 40.0)
+    results, frames = follow(TrackerConfig(), [0.9, 0.9, 0.1, 0.1, 0.1], [BOX, half, half, half, half])
+    assert results[-1].box == pytest.approx(half), "what is said of it stays"
+    assert frames.windows[2][0].side < 0.9 * SIDE
+    assert frames.windows[3][0].side == SIDE
+    assert frames.sizes[3][0] == pytest.approx([40 * 256 / SIDE] * 2)
+    assert centres(frames)[3] == pytest.approx((9, 220), abs=0.5)
 
 
 def test_a_loss_may_last(follow):
     results, frames = follow(TrackerConfig(), [0.0] * 20_000 + [0.9])
     assert not results[-2].found and results[-1].found
-    assert frames.windows[-1][0].side < 1.5 * search_window(BOX).side
+    assert frames.windows[-1][0].side < 1.5 * SIDE
 
 
 def test_cv2_update_says_false_and_the_last_box(monkeypatch):
@@ -147,7 +170,6 @@ def test_a_new_start_is_not_lost(monkeypatch):
     tracker.track(FRAME)
     tracker.init(FRAME, BOX)
     assert tracker.track(FRAME).found
-    assert sides(frames)[2] == 1.0 < sides(frames)[1]
 
 
 def test_many_targets_are_lost_and_found_as_each_alone(monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to, and which network."""
     parser.add_argument(
-        "--onnx", type=Path, required=True, metavar="DIR", help="folder of the three graphs and dmv.json"
+        "--onnx", type=Path, required=True, metavar="DIR", help="folder for the graphs and dmv.json"
     )
     parser.add_argument("--weights", default="dmv18", help="a shipped network or a file (dmv18)")
     parser.add_argument("-k", "--k", type=int, metavar="K", help="candidates a location (the network's own)")

@@ -368,9 +368,9 @@ class Bench:
         return tracker
 
     def _fill(self, tracker: FastDMVTracker | MultiTracker, frames: int) -> None:
-        """Remember every frame until the memory is full, then none; no box moves, no search widens."""
+        """Remember every frame until the memory is full, then none; no box moves, no search goes about."""
         places = len(tracker) if isinstance(tracker, MultiTracker) else 1
-        stay = {"found_score": _NOT_FOUND, "refound_score": _NOT_FOUND, "search_most": 1.0, "search_rings": 0}
+        stay = {"found_score": _NOT_FOUND, "refound_score": _NOT_FOUND, "search_home": 1}
         never = MemoryPolicy(interval=1, threshold=_NOT_FOUND)
         tracker.config = replace(tracker.config, policy=never, **stay)
         for i in range(1, frames):

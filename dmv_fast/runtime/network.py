@@ -64,23 +64,27 @@ class FastNetwork:
 
     The memory holds values as the voting net reads them: C wide, projected once, when written. The last V
     channels of its maps are room for what is retrieved, so that the head reads both as one map.
+
+    split: of float32, the convolutions made of products of bfloat16 parts (see Convolution).
     """
 
-    def __init__(self, model: DMV, *, dtype: torch.dtype, device: torch.device, backend: str):
+    def __init__(
+        self, model: DMV, *, dtype: torch.dtype, device: torch.device, backend: str, split: bool = False
+    ):
         self.model = model
         self.dtype, self.device, self._backend = dtype, device, backend
         where = {"dtype": dtype, "device": device}
         weights = fold_vote(model.read)
         self.value_width = weights.value_in.shape[0]
-        self._trunk = Trunk(model.backbone, **where)
+        self._trunk = Trunk(model.backbone, split=split, **where)
         self._vote = fused_vote(weights, **where)
         self._null = weights.null.to(device, dtype)
         self._query_in = Projection(weights.query_in, weights.query_bias, **where)
         cosine = model.read.similarity == "cosine"
         self._temperature = float(model.read.log_temperature.exp()) if cosine else None
-        self._head, bias = _fold_head(model.head, **where)
+        self._head, bias = _fold_head(model.head, split=split, **where)
         self._head_bias = bias.float().to(device)[:, None, None]
-        self._encoder = _Encoder(model.value_encoder, weights.value_in, **where)
+        self._encoder = _Encoder(model.value_encoder, weights.value_in, split=split, **where)
 
     def look(self, crops: Tensor, maps: Tensor | None = None) -> Tensor:
         """As Network.look; maps: where to put them, of the size of `new_maps`."""
@@ -165,16 +169,14 @@ def _block_diagonal(a: nn.Conv2d, b: nn.Conv2d) -> tuple[Tensor, Tensor]:
 class _Encoder:
     """ValueEncoder with the voting net's projection to C behind it: (B, D + 5 A, H, W) -> (B, M, C)."""
 
-    def __init__(self, encoder: ValueEncoder, value_in: Tensor, *, dtype: torch.dtype, device: torch.device):
+    def __init__(self, encoder: ValueEncoder, value_in: Tensor, *, split: bool = False, **where):
         conv, norm = encoder.conv2, encoder.norm
-        where = {"dtype": dtype, "device": device}
         # The layer norm's mean is taken out of the convolution, its scale and shift go into the projection.
         centred = conv.weight - conv.weight.mean(0), conv.bias - conv.bias.mean()
-        first = Convolution.of(encoder.conv1, relu=True, **where)
-        self._convolutions = [first, Convolution(*centred, relu=False, padding=conv.padding[0], **where)]
-        self._projection = Projection(
-            value_in * norm.weight, value_in @ norm.bias, epsilon=norm.eps, **where
-        )
+        first = Convolution.of(encoder.conv1, relu=True, split=split, **where)
+        second = Convolution(*centred, relu=False, padding=conv.padding[0], split=split, **where)
+        self._convolutions = [first, second]
+        self._projection = Projection(value_in * norm.weight, value_in @ norm.bias, epsilon=norm.eps, **where)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._projection(run_chain(self._convolutions, x).permute(0, 2, 3, 1).flatten(1, 2))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dmv_fast.model.backbone import Backbone, BasicBlock
 from dmv_fast.runtime import hardware
-from dmv_fast.runtime.convolution import Convolution, run_chain
+from dmv_fast.runtime.convolution import Convolution, amx_runs, bfloat16_parts, run_chain
 from dmv_fast.runtime.fold import fold_norm, fold_pixels
 from dmv_fast.runtime.rows import join
 from dmv_fast.vision.crop import CROP_SIZE, MEAN, STD
@@ -55,15 +55,17 @@ class Trunk:
     nearest whole numbers, since whole numbers of 8 bits are exact there, and the rest is in conv1's bias.
     """
 
-    def __init__(self, backbone: Backbone, *, dtype: torch.dtype, device: torch.device):
-        where = {"dtype": dtype, "device": device}
+    def __init__(self, backbone: Backbone, *, dtype: torch.dtype, device: torch.device, split: bool = False):
+        where = {"dtype": dtype, "device": device, "split": split}
         weight, bias = fold_norm(backbone.conv1, backbone.bn1)
         weight, mean = fold_pixels(weight, STD), 255 * torch.tensor(MEAN[::-1])
+        self._gpu = hardware.on_gpu(device)
+        by_amx = not self._gpu and device.type == "cpu" and (split or dtype == torch.bfloat16) and amx_runs()
+        self._pixels_amx = PixelsAmx(weight, bias, mean, dtype) if by_amx else None
         self._mean = mean.repeat(CROP_SIZE).to(device)
         if device.type == "cpu" and dtype == torch.bfloat16:
             self._mean = self._mean.round().to(dtype)
             bias = bias + (weight.sum((2, 3)) * (mean.round() - mean)).sum(1)
-        self._gpu = hardware.on_gpu(device)
         if self._gpu:
             weight = F.pad(weight, (0, 0, 0, 0, 0, GPU_CHANNELS - weight.shape[1]))
         self._conv1 = Convolution(weight, bias, relu=True, stride=2, padding=3, **where)
@@ -87,7 +89,10 @@ class Trunk:
 
     def _layer3(self, crops: Tensor) -> Tensor:
         """conv1 to layer3: (B, C3, 32, 32)."""
-        x = max_pool(self._conv1(self.pixels(crops)))
+        if self._pixels_amx is not None:
+            x = self._pixels_amx(crops)
+        else:
+            x = max_pool(self._conv1(self.pixels(crops)))
         for stage in self._stem:
             for block in stage:
                 x = block(x)
@@ -105,6 +110,31 @@ class Trunk:
         if self._gpu:
             pixels = F.pad(pixels, (0, GPU_CHANNELS - crops.shape[-1]))
         return pixels.permute(0, 3, 1, 2)
+
+
+class PixelsAmx:
+    """conv1, its rectifier and the max pool in one go: csrc/conv_pixels_amx.cpp.
+
+    Crops (B, 256, 256, 3) uint8 BGR -> (B, C, 64, 64) in `dtype`; where that is float32, by weights in two
+    parts of bfloat16. weight (C, 3, 7, 7) on pixel - mean, mean (3,): whole numbers are subtracted, the rest
+    of the mean is in the bias, and beyond the crop it is what is padded.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, mean: Tensor, dtype: torch.dtype):
+        self._bias = bias + (weight.sum((2, 3)) * (mean.round() - mean)).sum(1)
+        self._mean, self._dtype = mean, dtype
+        rows = F.pad(weight.permute(0, 2, 3, 1).flatten(2), (0, 11))  # (C, 7, 32): a window's row, and zeros
+        halves = bfloat16_parts(rows, 1 if dtype == torch.bfloat16 else 2)
+        blocks = halves.view(len(halves), -1, 2, 16, 7, 16, 2)  # parts, blocks, tiles, out, rows, pairs, 2
+        self._weight = blocks.permute(1, 4, 0, 2, 5, 3, 6).contiguous()
+
+    def __call__(self, crops: Tensor) -> Tensor:
+        size = (len(crops), crops.shape[1] // 4, crops.shape[2] // 4, len(self._bias))
+        out = torch.empty(size, dtype=self._dtype)
+        torch.ops.dmv_fast.convolve_pixels_cpu.default(
+            crops.contiguous(), self._weight, self._bias, self._mean, out
+        )
+        return out.permute(0, 3, 1, 2)
 
 
 def _neck(neck: nn.Sequential, *, biased: bool, **where) -> list[Convolution]:

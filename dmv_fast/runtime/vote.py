@@ -69,11 +69,13 @@ def _cpu_kernel_runs() -> bool:
 
 def _cpu_vote(weights: VoteWeights) -> Callable[[Tensor], Tensor]:
     run = torch.ops.dmv_fast.vote_cpu.default
-    half = weights.to_q.bfloat16(), weights.q_bias, _pairs(weights.to_k), weights.mix.bfloat16()
-    packed = (*half, weights.mix_bias, _pairs(weights.out), weights.out_bias, weights.epsilon)
+    heads = weights.mix.unflatten(1, (-1, _FUSED_WIDTH)).transpose(0, 1)  # (H + 1, C, C)
+    attention = weights.to_q.bfloat16(), weights.q_bias, _pairs(weights.to_k)
+    mixed = heads.bfloat16().contiguous(), weights.mix_bias
+    packed = (*attention, *mixed, _pairs(weights.out), weights.out_bias, weights.epsilon)
     return lambda rows: run(rows, *packed)
 
 
 def _pairs(weight: Tensor) -> Tensor:
-    """(out, in) -> bfloat16 (in / 2, out, 2), the right side of a processor's dot products of pairs."""
-    return weight.view(weight.shape[0], -1, 2).transpose(0, 1).bfloat16().contiguous()
+    """(out, in) -> bfloat16 (out / 16, in / 2, 16, 2), the right side of a processor's products of pairs."""
+    return weight.unflatten(0, (-1, 16)).unflatten(2, (-1, 2)).transpose(1, 2).bfloat16().contiguous()

@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+from benchmarks.cuda_static import Plan  # noqa: E402
+
 CSRC = HERE.parent.parent / "csrc"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLAGS = {
@@ -43,17 +47,6 @@ def one_block_device(query: Tensor, k: int, stages: int = 4) -> Device:
     chunks = -(-query.shape[2] * size // 128)
     shared = warps * 32 * (chunks * 128 + k * 8) + stages * tile_keys * 128
     return Device(1, shared, shared + 1024)
-
-
-class Plan(NamedTuple):
-    """``Plan`` of csrc/retrieve_plan.h."""
-
-    warps: int
-    row_tiles: int
-    splits: int
-    split_keys: int
-    stages: int
-    shared_bytes: int
 
 
 def build(target: Path, flavour: str, csrc: Path = CSRC) -> Path:

@@ -1,0 +1,275 @@
+"""Every command of README and docs is run, word for word but for its size: few frames, small made data.
+
+Where a command is run by another file's test, or cannot be run by a test, its name here says where or why.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import doc_pages
+import pytest
+import torch
+import yaml
+from doc_pages import BOX, PAGES, ROOT
+
+from dmv_fast import cli, weights
+from dmv_fast.commands import bench
+from dmv_fast.evaluation import speed
+
+LINES = sorted({line for page in PAGES for line in doc_pages.commands(page)})
+# How a command begins -> whose it is. All others are run here.
+ELSEWHERE = {
+    r"pip (install|-v)|apt ": "test_packaging.py installs, from wheel and source; test_docs.py knows extras",
+    r"python examples/onnx_track.py|dmv-fast export": "test_export.py",
+    r"vot ": "test_adapters_vot.py",
+    r"python run_tracker.py": "pytracking is not on PyPI; test_adapters_pytracking.py has its loop",
+    r"python -m benchmarks.ablations": "test_ablations.py",
+    r"python benchmarks/tune.py": "test_tune.py",
+    r"python benchmarks/triton_static.py": "test_triton_aot.py",
+    r"python benchmarks/cuda_static.py": "test_cuda_compile.py",
+    r"pytest benchmarks": "it takes minutes; it is benchmarks/test_benchmarks.py",
+    r"rerun out.rrd": "it is another program's window; test_rerun.py reads the file",
+    r"ray start": "test_ray.py",
+    r"cat RUN": "test_a_checkpoint_in_pieces",
+    r"split ": "test_a_checkpoint_in_pieces",
+    r"dmv-fast track 0 --select": "it needs a camera and a person",
+    r"dmv-fast track .*--view": "test_view.py",
+    r"python benchmarks/retrieve.py": "it takes ten minutes",
+    r"torchrun ": "test_training.py runs two processes of it",
+}
+
+
+def elsewhere(line: str) -> str | None:
+    return next((where for pattern, where in ELSEWHERE.items() if re.match(pattern, line)), None)
+
+
+def smaller(recipe: Path) -> str:
+    """A recipe of the repository for one small step; what it is of is left."""
+    said = yaml.safe_load(recipe.read_text())
+    said |= {"steps": 1, "batch": 2, "frames": [2], "candidates": [4], "validate_samples": 1}
+    said |= {"validate_clips": 0, "precision": "float32"}
+    said |= {"cached_samples": 2} if "cached_samples" in said else {}
+    return yaml.safe_dump({k: v for k, v in said.items() if k not in ("pretrained", "start_from")})
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, checkpoint) -> Path:
+    doc_pages.lay_desk(tmp_path)
+    doc_pages.lay_training_data(tmp_path / "DATA")
+    (tmp_path / "recipes").mkdir()
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        (tmp_path / "recipes" / recipe.name).write_text(smaller(recipe))
+    for name in ("benchmarks", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "SMALL").symlink_to(tmp_path / "DATA")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """`dmv-fast bench` of a small clip, a short memory and the quick ones of its sections."""
+    monkeypatch.setattr(speed, "synthetic_clip", lambda: speed_clip(6, (320, 240)))
+    monkeypatch.setattr(speed, "Setting", ShortMemory)
+    monkeypatch.setattr(speed, "CANDIDATES", (1, 4))
+    monkeypatch.setattr(speed, "MEMORY_FRAMES", (1, 2))
+    monkeypatch.setattr(speed, "TARGETS", (1, 2))
+    monkeypatch.setattr(bench, "ENDURANCE", 8)
+    quick = {name: bench.SECTIONS[name] for name in ("k", "stages")}
+    monkeypatch.setattr(bench, "SECTIONS", quick | {"memory": "", "targets": ""})
+
+
+speed_clip = speed.synthetic_clip
+
+
+@dataclass(frozen=True)
+class ShortMemory(speed.Setting):
+    memory: int = 2
+
+
+def run(command: list[str], **options) -> str:
+    """A program of its own; what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def dmv_fast(words: list[str], capsys) -> str:
+    """The command in this process; what it printed."""
+    if "--box" in words:
+        words[words.index("--box") + 1] = ",".join(map(str, BOX))
+    code = cli.main(words)
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return said.out
+
+
+def lines(pattern: str) -> pytest.MarkDecorator:
+    """The test runs the commands that match, each by itself."""
+    found = [line for line in LINES if elsewhere(line) is None and re.match(pattern, line)]
+    assert found, pattern
+    return pytest.mark.parametrize("line", found)
+
+
+KINDS = {
+    "track": r"dmv-fast track (?!0|.*--view)",
+    "eval": r"dmv-fast eval (?!.*--predictions)",
+    "scored": r"dmv-fast eval .*--predictions",
+    "calibration": r"dmv-fast calibration ",
+    "report": r"dmv-fast report ",
+    "annotate": r"dmv-fast annotate ",
+    "doctor": r"dmv-fast (doctor|eval|track|train)$",
+    "bench": r"dmv-fast bench",
+    "preview": r"dmv-fast preview ",
+    "train": r"dmv-fast train ",
+    "detached": r"nohup ",
+    "script": r"python benchmarks/fast_vs_reference",
+    "python": r"python -[cm] (?!benchmarks)",
+    "make": r"make ",
+}
+
+
+def test_every_command_is_somebodys():
+    for line in LINES:
+        mine = [name for name, pattern in KINDS.items() if re.match(pattern, line)]
+        where = elsewhere(line)
+        assert bool(where) != bool(mine), f"nobody runs (or two do): {line}"
+        for name in re.findall(r"test_\w+\.py", where or ""):
+            assert list(ROOT.glob(f"*/{name}")), name
+
+
+@lines(KINDS["track"])
+def test_track(line, desk, capsys):
+    words = shlex.split(line)[1:]
+    if "--rerun" in words:
+        pytest.importorskip("rerun")
+    dmv_fast(words, capsys)
+    made = [Path(word) for word in words[2:] if word.startswith("out.")]
+    assert made and all(path.stat().st_size for path in made)
+
+
+@lines(KINDS["eval"])
+def test_eval(line, desk, capsys, request, checkpoint):
+    words = shlex.split(line)[1:]
+    if "--ray" in words:
+        pytest.importorskip("ray")
+    if "opencv:csrt" in words and not hasattr(cv2, "TrackerCSRT_create"):
+        pytest.skip("this OpenCV has no CSRT: opencv-contrib-python has")
+    if "FOLDER_OF_ONNX" in words:
+        (desk / "FOLDER_OF_ONNX").symlink_to(request.getfixturevalue("shared_dir") / "peers")
+    (desk / "RUN").mkdir()
+    (desk / "RUN" / "model.safetensors").symlink_to(checkpoint)
+    assert "Square" in dmv_fast(words, capsys)
+
+
+@lines(KINDS["scored"])
+def test_predictions_are_scored(line, desk, capsys):
+    dmv_fast("eval otb --root DIR --tracker opencv:mil --out MIL".split(), capsys)
+    words = shlex.split(line.replace("[DIR ...]", ""))[1:]
+    words[words.index("--predictions") + 1] = "MIL"
+    assert "Square" in dmv_fast(words, capsys)
+
+
+@lines(KINDS["calibration"])
+def test_calibration(line, desk, capsys):
+    dmv_fast("eval otb --root DEV --out OUT".split(), capsys)
+    assert "7 frames" in dmv_fast(shlex.split(line)[1:], capsys)
+
+
+@lines(KINDS["report"])
+def test_report(line, desk, capsys):
+    dmv_fast("eval otb --root DATASETS/OTB".split(), capsys)
+    dmv_fast(shlex.split(line)[1:], capsys)
+    assert "Square" in (desk / "report.html").read_text()
+
+
+@lines(KINDS["annotate"])
+def test_annotate(line, desk, capsys):
+    words = shlex.split(line)[1:]
+    if "--ray" in words:
+        pytest.importorskip("ray")
+    dmv_fast(words, capsys)
+    assert len((desk / "boxes" / "video.csv").read_text().splitlines()) == 9
+
+
+@lines(KINDS["doctor"])
+def test_a_bare_command(line, desk, capsys):
+    """`doctor` is whole; of the others the page speaks by their name."""
+    words = shlex.split(line)[1:]
+    dmv_fast(words if words == ["doctor"] else [*words, "--help"], capsys)
+
+
+@lines(KINDS["bench"])
+def test_bench(line, desk, capsys, few):
+    words = shlex.split(line)[1:]
+    made = words + ["--frames", "2", "--threads", "1"]
+    before = torch.get_num_threads()
+    try:
+        said = dmv_fast(made, capsys)
+    finally:
+        torch.set_num_threads(before)
+        cv2.setNumThreads(-1)
+    assert "p50" in said
+
+
+@lines(KINDS["preview"])
+def test_preview(line, desk, capsys):
+    words = shlex.split(line)[1:]
+    if "--samples" in words:
+        words[words.index("--samples") + 1] = "2"
+    else:
+        words += ["--samples", "2"]
+    assert "2 samples" in dmv_fast(words, capsys)
+
+
+@lines(KINDS["train"])
+def test_train(line, desk, capsys):
+    dmv_fast([*shlex.split(line)[1:], "--device", "cpu", "--workers", "0"], capsys)
+    weights.load_model(str(desk / "RUN" / "model.safetensors"))
+
+
+@lines(KINDS["detached"])
+def test_train_detached(line, desk):
+    """As it is but for the `&`, so that its end can be waited for."""
+    shell = line.removesuffix("&").replace("dmv-fast", f"{sys.executable} -m dmv_fast")
+    run(["bash", "-c", shell.replace(" --resume", " --resume --device cpu --workers 0")])
+    weights.load_model(str(desk / "RUN" / "model.safetensors"))
+
+
+@lines(KINDS["script"])
+def test_script(line, desk):
+    assert run([sys.executable, *shlex.split(line)[1:]])
+
+
+@lines(KINDS["python"])
+def test_python_one_liner(line, desk):
+    (desk / "SMALL").unlink()
+    run([sys.executable, *shlex.split(line)[1:]])
+    assert "SMALL" not in line or (desk / "SMALL" / "annotations.jsonl").is_file()
+
+
+@lines(KINDS["make"])
+def test_make_knows_the_target(line, desk):
+    """What make would do; the scripts behind bench, gpu and demo: test_speed, test_gpu_run, test_cli."""
+    said = run(["make", "-n", *shlex.split(line)[1:]], cwd=ROOT)
+    scripts = re.findall(r"\b(?:benchmarks|examples)/\w+\.py", said)
+    assert said and all((ROOT / script).is_file() for script in scripts)
+
+
+def test_a_checkpoint_in_pieces(desk):
+    (block,) = (b for b in doc_pages.blocks(ROOT / "docs" / "training.md", "sh") if b.startswith("split"))
+    (desk / "RUN").mkdir()
+    whole = os.urandom(40_000_000)
+    (desk / "RUN" / "model.safetensors").write_bytes(whole)
+    run(["bash", "-e", "-c", block])
+    assert (desk / "model.safetensors").read_bytes() == whole
