@@ -86,7 +86,7 @@ def few(monkeypatch) -> None:
     monkeypatch.setattr(speed, "TARGETS", (1, 2))
     monkeypatch.setattr(bench, "ENDURANCE", 8)
     quick = {name: bench.SECTIONS[name] for name in ("k", "stages")}
-    monkeypatch.setattr(bench, "SECTIONS", quick | {"memory": "", "targets": ""})
+    monkeypatch.setattr(bench, "SECTIONS", quick | {"memory": "", "targets": "", "network": ""})
 
 
 speed_clip = speed.synthetic_clip
