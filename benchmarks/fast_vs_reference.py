@@ -107,6 +107,7 @@ def main() -> int:
     parser.add_argument("--weights", default="dmv18", help="shipped network or .safetensors file (dmv18)")
     parser.add_argument("-k", type=int, metavar="K", help="candidates a location (the network's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
+    parser.add_argument("--dtype", default="auto", help="of the fast path: auto, bfloat16x3 ... (auto)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, a thread each (1)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="predictions and agreement.csv; else none")
     args = parser.parse_args()
@@ -114,7 +115,7 @@ def main() -> int:
         sequences = datasets.load(args.dataset, args.root)
         if args.sequences:
             sequences = datasets.select(sequences, args.sequences)
-        factory = DMVFactory(args.weights, args.k, args.device)
+        factory = DMVFactory(args.weights, args.k, args.device, args.dtype)
         with tempfile.TemporaryDirectory(prefix="dmv_fast_agreement_") as folder:
             out = args.output or Path(folder)
             found = compare(sequences, factory, out, args.jobs)
