@@ -20,8 +20,10 @@ from dmv_fast.runtime.load import load_network, make_frame_step
 from dmv_fast.runtime.precision import fast_dtype
 from dmv_fast.vision.crop import Window, search_window
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SPLIT = "bfloat16x3"  # float32, whose convolutions are three products of bfloat16 parts
+_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, _SPLIT: torch.float32
+}  # fmt: skip
 _SMALLEST = 2.0  # pixels; a box never shrinks below
 
 
@@ -332,9 +334,9 @@ def _resolve_device(name: str) -> torch.device:
 def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return fast_dtype(device)
-    if name not in (*_DTYPES, _SPLIT):
-        raise ValueError(f"dtype is {name!r}; it must be auto or one of {sorted([*_DTYPES, _SPLIT])}")
-    return torch.float32 if name == _SPLIT else _DTYPES[name]
+    if name not in _DTYPES:
+        raise ValueError(f"dtype is {name!r}; it must be auto or one of {sorted(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def _resolve_backend(name: str, device: torch.device) -> str:

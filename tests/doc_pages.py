@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import cv2
 import numpy as np
+from photographs import write_photographs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,19 +63,7 @@ def lay_desk(folder: Path) -> None:
 
 def lay_training_data(root: Path) -> None:
     """DATA of docs/training.md: made photographs, and two videos of each training set."""
-    noise = np.random.default_rng(0)
-    (root / "images").mkdir(parents=True)
-    lines = []
-    for i in range(24):  # enough for the held-out share to get some
-        image = cv2.resize(noise.integers(0, 120, (12, 16, 3), np.uint8), (320, 240))
-        x, y = (int(v) for v in noise.integers(60, 130, 2))
-        image[y : y + 50, x : x + 60] = noise.integers(150, 255, 3)
-        cv2.imwrite(str(root / "images" / f"{i}.jpg"), image)
-        outline = [x, y, x + 60, y, x + 60, y + 50, x, y + 50]
-        thing = {"bbox": [x, y, 60, 50], "label": str(i), "polygons": [outline]}
-        row = {"image": f"images/{i}.jpg", "dataset": "made", "width": 320, "height": 240, "objects": [thing]}
-        lines.append(json.dumps(row) + "\n")
-    (root / "annotations.jsonl").write_text("".join(lines))
+    write_photographs(root)
     clip = moving_square(6)
     for i in (1, 2):
         videos = {

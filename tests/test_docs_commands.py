@@ -104,6 +104,15 @@ def run(command: list[str], **options) -> str:
     return done.stdout
 
 
+def words_of(line: str) -> list[str]:
+    """What follows `dmv-fast`; skips where an option's package is not there."""
+    words = shlex.split(line)[1:]
+    for extra in ("ray", "rerun"):
+        if f"--{extra}" in words:
+            pytest.importorskip(extra)
+    return words
+
+
 def dmv_fast(words: list[str], capsys) -> str:
     """The command in this process; what it printed."""
     if "--box" in words:
@@ -150,9 +159,7 @@ def test_every_command_is_somebodys():
 
 @lines(KINDS["track"])
 def test_track(line, desk, capsys):
-    words = shlex.split(line)[1:]
-    if "--rerun" in words:
-        pytest.importorskip("rerun")
+    words = words_of(line)
     dmv_fast(words, capsys)
     made = [Path(word) for word in words[2:] if word.startswith("out.")]
     assert made and all(path.stat().st_size for path in made)
@@ -160,9 +167,7 @@ def test_track(line, desk, capsys):
 
 @lines(KINDS["eval"])
 def test_eval(line, desk, capsys, request, checkpoint):
-    words = shlex.split(line)[1:]
-    if "--ray" in words:
-        pytest.importorskip("ray")
+    words = words_of(line)
     if "opencv:csrt" in words and not hasattr(cv2, "TrackerCSRT_create"):
         pytest.skip("this OpenCV has no CSRT: opencv-contrib-python has")
     if "FOLDER_OF_ONNX" in words:
@@ -195,10 +200,7 @@ def test_report(line, desk, capsys):
 
 @lines(KINDS["annotate"])
 def test_annotate(line, desk, capsys):
-    words = shlex.split(line)[1:]
-    if "--ray" in words:
-        pytest.importorskip("ray")
-    dmv_fast(words, capsys)
+    dmv_fast(words_of(line), capsys)
     assert len((desk / "boxes" / "video.csv").read_text().splitlines()) == 9
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from photographs import write_photographs
 
 from dmv_fast import load_model
 from dmv_fast.model.dmv import DMV, DMVConfig
@@ -51,19 +51,7 @@ mix: {{photo: 1.0}}
 def data(tmp_path_factory):
     """A training folder with a few made photographs of one square each."""
     root = tmp_path_factory.mktemp("data")
-    (root / "images").mkdir()
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(24):  # enough for the held-out share to get some
-        image = cv2.resize(rng.integers(0, 120, (12, 16, 3), np.uint8), (320, 240))
-        x, y = (int(v) for v in rng.integers(60, 130, 2))
-        image[y : y + 50, x : x + 60] = rng.integers(150, 255, 3)
-        cv2.imwrite(str(root / "images" / f"{i}.jpg"), image)
-        outline = [x, y, x + 60, y, x + 60, y + 50, x, y + 50]
-        box = {"bbox": [x, y, 60, 50], "label": str(i), "polygons": [outline]}
-        row = {"image": f"images/{i}.jpg", "dataset": "made", "width": 320, "height": 240, "objects": [box]}
-        lines.append(json.dumps(row))
-    (root / "annotations.jsonl").write_text("\n".join(lines) + "\n")
+    write_photographs(root)
     return root
 
 
