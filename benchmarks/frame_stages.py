@@ -153,7 +153,7 @@ def main() -> None:
     rows: list[dict] = []
 
     def network(dtype: torch.dtype) -> FastNetwork:
-        return load_network(options.weights, device, dtype, "auto")
+        return load_network(options.weights, device, str(dtype).removeprefix("torch."), "auto")
 
     def save() -> None:
         if options.output:

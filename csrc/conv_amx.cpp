@@ -1,14 +1,15 @@
 // Convolution for AMX: 32 pixels of out x 32 channels = sum over taps and channels of tiles of x * tiles of weight.
 //
 // In bfloat16 that is one product. Float32 numbers are split into two bfloat16 parts, v = v_0 + v_1 with an error of
-// 2^-17 v, and three of the four products are summed: x_1 w_0 + x_0 w_0 + x_0 w_1. The three share their tiles: 8 loads
-// for 12 products, where bfloat16 takes 4 for 4.
+// 2^-17 v, and three of the four products are summed: x_1 w_0 + x_0 w_0 + x_0 w_1; two, where the weights are bfloat16
+// numbers and w_1 is zero. They share their tiles: 8 loads for 12 products, where bfloat16 takes 4 for 4.
 #include "conv_cpu.h"
 
 #ifdef DMV_X86
 #include <immintrin.h>
 
 DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16")
+#include "amx_tiles.h"
 
 namespace dmv_fast {
 namespace {
@@ -62,11 +63,11 @@ void lay_out(const Convolving& c, int64_t crop, int64_t from_row, int64_t count,
 
 inline __m512 read(const float* from) { return _mm512_loadu_ps(from); }
 
-// Bias, what it is added to, and the rectifier: pixel by pixel between the next block's products, which leave the
+// Scale, bias, what it is added to, and the rectifier: pixel by pixel between the next block's products, which leave the
 // vector units idle. Done in one go they would wait for the sums, and the next products for them.
 template <int kParts>
 struct Finish {
-  const float *sums = nullptr, *bias = nullptr;
+  const float *sums = nullptr, *scale = nullptr, *bias = nullptr;
   Number<kParts>* out[2] = {};  // of each segment
   int64_t pixels[2] = {}, step = 0;
   int at = 0, end = 0;
@@ -74,11 +75,13 @@ struct Finish {
   float least = 0;
 
   void some(int count) {
-    const __m512 bias0 = read(bias), bias1 = read(bias + 16), floor = _mm512_set1_ps(least);
+    const __m512 scale0 = read(scale), scale1 = read(scale + 16), bias0 = read(bias), bias1 = read(bias + 16);
+    const __m512 floor = _mm512_set1_ps(least);
     for (const int until = at + count < end ? at + count : end; at < until; ++at) {
       const int segment = at >= kSegment, pixel = at % kSegment;
       if (pixel >= pixels[segment]) continue;
-      __m512 a = _mm512_add_ps(read(sums + at * 32), bias0), b = _mm512_add_ps(read(sums + at * 32 + 16), bias1);
+      const __m512 a = _mm512_fmadd_ps(read(sums + at * 32), scale0, bias0);
+      const __m512 b = _mm512_fmadd_ps(read(sums + at * 32 + 16), scale1, bias1);
       finish(a, b, floor, out[segment] + pixel * step);
     }
   }
@@ -107,55 +110,44 @@ struct Ahead {
   }
 };
 
-inline void four_products() {
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
-}
-
 // a0, a1: the two segments' first pixels. A row's taps follow each other, so that two of three find their pixels in L1.
-template <int kParts>
+template <int kParts, int kWeightParts>
 inline void block(
     const Convolving& c, const uint16_t* a0, const uint16_t* a1, const uint16_t* w, float* sums, Finish<kParts>& last,
     int pixels, Ahead& ahead) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   const int64_t kernel = c.kernel, chunks = c.c_in / c.groups / kChunk, plane = c.plane();
   const int64_t stride = c.stride * kChunk * 2, tap = c.dilation * kChunk, down = c.dilation * c.row_step();
   for (int64_t ky = 0; ky < kernel; ++ky)
     for (int64_t k = 0; k < chunks; ++k) {
       const uint16_t* p0 = a0 + ky * down + k * kParts * plane;
       const uint16_t* p1 = a1 + ky * down + k * kParts * plane;
-      for (int64_t kx = 0; kx < kernel; ++kx, p0 += tap, p1 += tap, w += kParts * 2 * kTileNumbers) {
+      for (int64_t kx = 0; kx < kernel; ++kx, p0 += tap, p1 += tap, w += kWeightParts * 2 * kTileNumbers) {
         constexpr int64_t kLast = kParts - 1;
         _tile_loadd(4, p0 + kLast * plane, stride);
         _tile_loadd(6, w, 64);
         _tile_loadd(7, w + kTileNumbers, 64);
         _tile_loadd(5, p1 + kLast * plane, stride);
-        four_products();
+        add_products();
         if constexpr (kParts == 2) {
           _tile_loadd(4, p0, stride);
           _tile_loadd(5, p1, stride);
-          four_products();
+          add_products();
+        }
+        if constexpr (kWeightParts == 2) {
           _tile_loadd(6, w + 2 * kTileNumbers, 64);
           _tile_loadd(7, w + 3 * kTileNumbers, 64);
-          four_products();
+          add_products();
         }
       }
       if (last.at < last.end) last.some(pixels);
       ahead.some();
     }
-  _tile_stored(0, sums, 128);
-  _tile_stored(1, sums + 16, 128);
-  _tile_stored(2, sums + 16 * 32, 128);
-  _tile_stored(3, sums + 16 * 32 + 16, 128);
+  store_sums(sums, kChunk);
 }
 
 // `count` rows of out, laid out in room.
-template <int kParts>
+template <int kParts, int kWeightParts>
 void rows(const Convolving& c, const ConvolvingPart& part, int64_t row, int64_t count, const uint16_t* room) {
   const int64_t across = (c.columns + kSegment - 1) / kSegment, segments = count * across;
   const int64_t per_group = c.c_out / kChunk / c.groups, group_step = c.row_step() / c.groups;
@@ -182,8 +174,9 @@ void rows(const Convolving& c, const ConvolvingPart& part, int64_t row, int64_t 
             (((part.crop * c.rows) + row + y) * c.columns + x) * c.c_out + o * kChunk;
         wide[i] = t < s + i ? 0 : c.columns - x < kSegment ? c.columns - x : kSegment;
       }
-      block(c, from[0], from[1], weight, sums[turn], finish, pixels, ahead);
+      block<kParts, kWeightParts>(c, from[0], from[1], weight, sums[turn], finish, pixels, ahead);
       finish.sums = sums[turn];
+      finish.scale = c.scale + o * kChunk;
       finish.bias = c.bias + o * kChunk;
       finish.at = 0;
       finish.end = 2 * kSegment;
@@ -193,27 +186,22 @@ void rows(const Convolving& c, const ConvolvingPart& part, int64_t row, int64_t 
   finish.some(2 * kSegment);
 }
 
-template <int kParts>
+template <int kParts, int kWeightParts>
 void convolve(const Convolving& c, const ConvolvingPart& part, uint16_t* room) {
-  // A constant, because GCC takes _tile_loadconfig to read 8 bytes and drops stores to the other 56.
-  struct alignas(64) Shapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
-  static constexpr Shapes kShapes;
-  _tile_loadconfig(&kShapes);
+  begin_tiles();
   for (int64_t row = part.first_row; row < part.last_row; row += c.band) {
     const int64_t count = row + c.band < part.last_row ? c.band : part.last_row - row;
     lay_out<kParts>(c, part.crop, row * c.stride - c.padding, (count - 1) * c.stride + c.reach(), room);
-    rows<kParts>(c, part, row, count, room);
+    rows<kParts, kWeightParts>(c, part, row, count, room);
   }
-  _tile_release();
+  end_tiles();
 }
 
 }  // namespace
 
-ConvolvePart convolve_amx(int parts) { return parts == 2 ? convolve<2> : convolve<1>; }
+ConvolvePart convolve_amx(int parts, int weight_parts) {
+  return parts == 1 ? convolve<1, 1> : weight_parts == 1 ? convolve<2, 1> : convolve<2, 2>;
+}
 
 }  // namespace dmv_fast
 DMV_TARGET_END

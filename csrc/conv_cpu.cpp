@@ -1,4 +1,5 @@
 // dmv_fast::convolve_cpu: a convolution with bias, residual and rectifier; weights packed beforehand.
+#include "checked.h"
 #include "conv_cpu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -6,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 #include <new>
 
@@ -18,13 +18,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBandBytes = 800 << 10;  // of the laid out input; beside it in L2 lie the weights of two blocks
 constexpr int64_t kBlock = 2;              // rows of out at the least
-
-const void* checked(const Tensor& tensor, const char* name, ScalarType dtype, int64_t size) {
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == size, name, ": should be contiguous ",
-      dtype == ScalarType::Float ? "float32" : "bfloat16", " of ", size, " elements");
-  return tensor.const_data_ptr();
-}
 
 // Threads share a crop's rows where its map is larger than the weights, else its output channels; each lays out for
 // itself what it reads.
@@ -38,7 +31,7 @@ void run(Convolving& c) {
   c.band = ((rows + bands - 1) / bands + kBlock - 1) / kBlock * kBlock;
   const int64_t numbers = ((c.band - 1) * c.stride + c.reach()) * c.row_step() + kSegment * c.stride * kChunk;
 #ifdef DMV_X86
-  const ConvolvePart kernel = convolve_amx(c.parts);
+  const ConvolvePart kernel = convolve_amx(c.parts, c.weight_parts);
   const int64_t units = by_rows ? (c.rows + kBlock - 1) / kBlock : blocks;  // of a crop
   torch::stable::parallel_for(0, c.crops * units, 1, [&](int64_t begin, int64_t end) {
     uint16_t* const room = room_of(numbers);
@@ -56,8 +49,9 @@ void run(Convolving& c) {
 
 void convolve_cpu(
     const Tensor& x,       // [B, H, W, C_in] bfloat16, or float32 for three products
-    const Tensor& weight,  // packed, bfloat16, with as many parts as x asks for; see convolution.py
-    const Tensor& bias,    // [C_out] float32
+    const Tensor& weight,  // packed, bfloat16, in one part or, for float32, in two; see convolution.py
+    const Tensor& scale,   // [C_out] float32, as bias
+    const Tensor& bias,
     Tensor out,            // [B, h, w, C_out] as x
     bool add,              // to what is in out
     bool relu, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t groups)
@@ -83,28 +77,23 @@ void convolve_cpu(
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x: should be float32 or bfloat16");
   c.parts = dtype == ScalarType::Float ? 2 : 1;
-  c.x = checked(x, "x", dtype, x.numel());
-  c.weight = static_cast<const uint16_t*>(
-      checked(weight, "weight", ScalarType::BFloat16, c.per_block() * (c.c_out / kChunk)));
-  c.bias = static_cast<const float*>(checked(bias, "bias", ScalarType::Float, c.c_out));
+  c.weight_parts = 1;
+  if (c.parts == 2 && weight.numel() == 2 * c.per_block() * (c.c_out / kChunk)) c.weight_parts = 2;
+  c.x = checked<void>(x, "x", dtype, x.numel());
+  c.weight = checked<uint16_t>(weight, "weight", ScalarType::BFloat16, c.per_block() * (c.c_out / kChunk));
+  c.scale = checked<float>(scale, "scale", ScalarType::Float, c.c_out);
+  c.bias = checked<float>(bias, "bias", ScalarType::Float, c.c_out);
   STD_TORCH_CHECK(
       out.size(0) == c.crops && out.size(1) == c.rows && out.size(2) == c.columns, "out: should be (", c.crops, ", ",
       c.rows, ", ", c.columns, ", ", c.c_out, ")");
-  checked(out, "out", dtype, c.crops * c.rows * c.columns * c.c_out);
+  checked<void>(out, "out", dtype, c.crops * c.rows * c.columns * c.c_out);
   c.out = out.mutable_data_ptr();
   if (c.crops > 0) run(c);
 }
 
 }  // namespace
 
-bool convolve_cpu_runs() {
-#ifdef DMV_X86
-  const char* wanted = std::getenv("DMV_FAST_CPU_ISA");
-  return (!wanted || !*wanted || chosen_isa() == Isa::amx) && runs_here(Isa::amx);
-#else
-  return false;
-#endif
-}
+bool convolve_cpu_runs() { return allowed(Isa::amx); }
 
 uint16_t* room_of(int64_t numbers) {
   struct Free {
@@ -125,8 +114,8 @@ uint16_t* room_of(int64_t numbers) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
   library.def(
-      "convolve_cpu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) out, bool add, bool relu, int kernel, int stride,"
-      " int padding, int dilation, int groups) -> ()");
+      "convolve_cpu(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor(a!) out, bool add, bool relu, int kernel,"
+      " int stride, int padding, int dilation, int groups) -> ()");
   library.def("convolve_cpu_runs() -> bool");
 }
 

@@ -11,16 +11,17 @@ constexpr int64_t kChunk = 32;                 // channels of a product's depth,
 constexpr int64_t kSegment = 16;               // pixels of a row in one tile
 constexpr int64_t kTileNumbers = 16 * kChunk;  // bfloat16 numbers in one tile
 
-// One call. Maps are [crops][height][width][channels], bfloat16 where parts is 1, float32 where it is 2.
+// One call. Maps are [crops][height][width][channels], bfloat16 where parts is 1, float32 where it is 2. out = scale *
+// convolution + bias: weights that are bfloat16 numbers stay such with a batch norm behind them.
 struct Convolving {
   const void* x;
-  const uint16_t* weight;  // [c_out / 32][kernel][c_in / groups / 32][kernel][parts][2 tiles][16 pairs][16][2]
-  const float* bias;       // [c_out]
+  const uint16_t* weight;  // [c_out / 32][kernel][c_in / groups / 32][kernel][weight_parts][2 tiles][16 pairs][16][2]
+  const float *scale, *bias;  // [c_out]
   void* out;
   int64_t crops, height, width, c_in;  // of x, of which every `skip`th row and column is read
   int64_t rows, columns, c_out, groups;
   int64_t kernel, stride, padding, dilation, skip;
-  int parts;
+  int parts, weight_parts;
   bool add, relu;  // to what lies in out
   int64_t band;    // rows of out worked on together
 
@@ -30,7 +31,7 @@ struct Convolving {
   // The laid out input: [rows of x][c_in / 32][parts][columns of x and padding][32]
   int64_t plane() const { return (read_columns() + 2 * padding) * kChunk; }
   int64_t row_step() const { return c_in / kChunk * parts * plane(); }
-  int64_t per_block() const { return kernel * kernel * (c_in / groups / kChunk) * parts * 2 * kTileNumbers; }
+  int64_t per_block() const { return kernel * kernel * (c_in / groups / kChunk) * weight_parts * 2 * kTileNumbers; }
 };
 
 // Some rows and blocks of 32 channels of one crop.
@@ -41,7 +42,8 @@ struct ConvolvingPart {
 // room: 64-byte aligned, for what `band` rows of out read and a tile more.
 using ConvolvePart = void (*)(const Convolving& call, const ConvolvingPart& part, uint16_t* room);
 
-ConvolvePart convolve_amx(int parts);
+// (1, 1), (2, 1) or (2, 2)
+ConvolvePart convolve_amx(int parts, int weight_parts);
 
 // conv1 with the max pool behind it: 7 x 7 of stride 2 on pixels, then 3 x 3 of stride 2.
 struct PixelConvolving {

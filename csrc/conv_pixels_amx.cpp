@@ -9,6 +9,7 @@
 #include <immintrin.h>
 
 DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16")
+#include "amx_tiles.h"
 
 namespace dmv_fast {
 namespace {
@@ -54,10 +55,7 @@ void sum_row(const PixelConvolving& c, const uint16_t* pixels, float* sums) {
   const uint16_t* weight = c.weight;
   for (int64_t o = 0; o < c.c_out; o += kChunk, weight += kKernel * kParts * 2 * kTileNumbers)
     for (int64_t x = 0; x < c.width / 2; x += 2 * kSegment) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      zero_sums();
       const uint16_t *w = weight, *a = pixels + x * kWindow;
       for (int64_t ky = 0; ky < kKernel; ++ky, a += c.row_numbers()) {
         _tile_loadd(4, a, kStep);
@@ -65,17 +63,10 @@ void sum_row(const PixelConvolving& c, const uint16_t* pixels, float* sums) {
         for (int part = 0; part < kParts; ++part, w += 2 * kTileNumbers) {
           _tile_loadd(6, w, 64);
           _tile_loadd(7, w + kTileNumbers, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
+          add_products();
         }
       }
-      float* const to = sums + x * c.c_out + o;
-      _tile_stored(0, to, c.c_out * 4);
-      _tile_stored(1, to + 16, c.c_out * 4);
-      _tile_stored(2, to + kSegment * c.c_out, c.c_out * 4);
-      _tile_stored(3, to + kSegment * c.c_out + 16, c.c_out * 4);
+      store_sums(sums + x * c.c_out + o, c.c_out);
     }
 }
 
@@ -113,14 +104,7 @@ void pool_row(const PixelConvolving& c, const float* const (&sums)[3], Number* o
 
 template <int kParts, class Number>
 void convolve_pixels(const PixelConvolving& c, int64_t crop, int64_t first, int64_t last, uint16_t* room) {
-  // A constant, because GCC takes _tile_loadconfig to read 8 bytes and drops stores to the other 56.
-  struct alignas(64) Shapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
-  static constexpr Shapes kShapes;
-  _tile_loadconfig(&kShapes);
+  begin_tiles();
   const int64_t count = c.read_rows(last - first), above = 2 * first - 1, size = c.width / 2 * c.c_out;
   float* const sums = reinterpret_cast<float*>(room + count * c.row_numbers());
   lay_out(c, crop, 2 * above - kBeside, count, room);
@@ -136,7 +120,7 @@ void convolve_pixels(const PixelConvolving& c, int64_t crop, int64_t first, int6
     pool_row(c, {before ? before : middle, middle, after}, out);
     before = after;
   }
-  _tile_release();
+  end_tiles();
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // dmv_fast::convolve_pixels_cpu: pixels to conv1, rectifier and max pool in one go; weights packed beforehand.
+#include "checked.h"
 #include "conv_cpu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,13 +13,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-const void* checked(const Tensor& tensor, const char* name, ScalarType dtype, int64_t size) {
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == size, name,
-      ": should be contiguous, of the right dtype and of ", size, " elements");
-  return tensor.const_data_ptr();
-}
 
 void convolve_pixels_cpu(
     const Tensor& crops,   // [B, H, W, 3] uint8
@@ -38,12 +32,12 @@ void convolve_pixels_cpu(
   c.parts = dtype == ScalarType::Float ? 2 : 1;
   STD_TORCH_CHECK(c.c_out % kChunk == 0, "bias: its length should be a multiple of 32");
   const int64_t batch = crops.size(0), rows = c.height / 4;
-  c.crops = static_cast<const uint8_t*>(checked(crops, "crops", ScalarType::Byte, crops.numel()));
-  c.weight = static_cast<const uint16_t*>(
-      checked(weight, "weight", ScalarType::BFloat16, c.c_out / kChunk * 7 * c.parts * 2 * kTileNumbers));
-  c.bias = static_cast<const float*>(checked(bias, "bias", ScalarType::Float, c.c_out));
-  c.mean = static_cast<const float*>(checked(mean, "mean", ScalarType::Float, 3));
-  checked(out, "out", dtype, batch * rows * (c.width / 4) * c.c_out);
+  c.crops = checked<uint8_t>(crops, "crops", ScalarType::Byte, crops.numel());
+  c.weight = checked<uint16_t>(
+      weight, "weight", ScalarType::BFloat16, c.c_out / kChunk * 7 * c.parts * 2 * kTileNumbers);
+  c.bias = checked<float>(bias, "bias", ScalarType::Float, c.c_out);
+  c.mean = checked<float>(mean, "mean", ScalarType::Float, 3);
+  checked<void>(out, "out", dtype, batch * rows * (c.width / 4) * c.c_out);
   c.out = out.mutable_data_ptr();
 #ifdef DMV_X86
   const ConvolvePixels kernel = convolve_pixels_amx(c.parts);

@@ -101,4 +101,9 @@ Isa chosen_isa() {
       false, "DMV_FAST_CPU_ISA: ", wanted, " is unknown, it should be amx, avx512_bf16, avx512, avx2 or generic");
 }
 
+bool allowed(Isa isa) {
+  const char* wanted = std::getenv("DMV_FAST_CPU_ISA");
+  return (!wanted || !*wanted || chosen_isa() >= isa) && runs_here(isa);
+}
+
 }  // namespace dmv_fast

@@ -31,4 +31,7 @@ const Isa* by_preference();  // all kIsas of them, the fastest first
 // call; throws where that one is unknown or does not run here).
 Isa chosen_isa();
 
+// Whether a kernel that only one instruction set has may run: it runs here, and DMV_FAST_CPU_ISA names nothing below.
+bool allowed(Isa isa);
+
 }  // namespace dmv_fast

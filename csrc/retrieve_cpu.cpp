@@ -55,12 +55,9 @@ RetrieveTiles kernel_for(Isa isa, Dtype dtype) {
   return generic_kernel(dtype);
 }
 
-std::tuple<Tensor, Tensor> retrieve_cpu(
-    const Tensor& query,                 // [B, M, D], rows contiguous
-    const Tensor& keys,                  // [B, N, D], rows contiguous
-    int64_t k,
-    const std::optional<Tensor>& valid)  // [B] int32
-{
+std::tuple<Tensor, Tensor> retrieve_by(
+    RetrieveTiles kernel, const Tensor& query, const Tensor& keys, int64_t k, const std::optional<Tensor>& valid,
+    int64_t most_depth) {
   STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query, keys: should be (B, M, D) and (B, N, D)");
   const int64_t batches = query.size(0);
   Retrieval call;
@@ -69,7 +66,7 @@ std::tuple<Tensor, Tensor> retrieve_cpu(
   call.depth = query.size(2);
   call.k = static_cast<int>(k);
   STD_TORCH_CHECK(keys.size(0) == batches && keys.size(2) == call.depth, "keys: should be (B, N, D) as query says");
-  STD_TORCH_CHECK(call.depth >= 1 && call.depth <= kMaxDepth, "query: its last dimension should be 1..512");
+  STD_TORCH_CHECK(call.depth >= 1 && call.depth <= most_depth, "query: its last dimension should be 1..", most_depth);
   STD_TORCH_CHECK(k >= 1 && k <= kMaxK, "k: should be 1..32");
   STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "keys: its dtype should be query's");
   STD_TORCH_CHECK(
@@ -99,7 +96,6 @@ std::tuple<Tensor, Tensor> retrieve_cpu(
 
   // A query's result depends on nothing but its own row and the order of the keys, so neither the number of threads
   // nor the way tiles fall to them changes a bit of it.
-  const RetrieveTiles kernel = kernel_for(chosen_isa(), call.dtype);
   const int64_t tiles = (call.queries + kTile - 1) / kTile;
   torch::stable::parallel_for(0, batches * tiles, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
@@ -111,6 +107,32 @@ std::tuple<Tensor, Tensor> retrieve_cpu(
     }
   });
   return {scores, indices};
+}
+
+std::tuple<Tensor, Tensor> retrieve_cpu(
+    const Tensor& query,                 // [B, M, D], rows contiguous
+    const Tensor& keys,                  // [B, N, D], rows contiguous
+    int64_t k,
+    const std::optional<Tensor>& valid)  // [B] int32
+{
+  return retrieve_by(kernel_for(chosen_isa(), dtype_of(query)), query, keys, k, valid, kMaxDepth);
+}
+
+// Float32 rows of length D as two bfloat16 parts side by side.
+std::tuple<Tensor, Tensor> retrieve_split_cpu(
+    const Tensor& query,  // [B, M, 2 D] bfloat16, D a multiple of 32, else as above
+    const Tensor& keys,   // [B, N, 2 D]
+    int64_t k, const std::optional<Tensor>& valid)
+{
+  STD_TORCH_CHECK(allowed(Isa::amx), "retrieve_split_cpu: this processor has no AMX");
+  STD_TORCH_CHECK(
+      query.scalar_type() == ScalarType::BFloat16 && query.dim() == 3 && query.size(2) % 64 == 0,
+      "query: should be bfloat16 (B, M, 2 D), D a multiple of 32");
+#ifdef DMV_X86
+  return retrieve_by(amx_split_kernel(), query, keys, k, valid, 2 * kMaxDepth);
+#else
+  return {};
+#endif
 }
 
 // What DMV_FAST_CPU_ISA may name on this machine, the fastest first.
@@ -127,11 +149,13 @@ std::string cpu_isas() {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
   library.def("retrieve_cpu(Tensor query, Tensor keys, int k, Tensor? valid) -> (Tensor, Tensor)");
+  library.def("retrieve_split_cpu(Tensor query, Tensor keys, int k, Tensor? valid) -> (Tensor, Tensor)");
   library.def("cpu_isas() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CPU, library) {
   library.impl("retrieve_cpu", TORCH_BOX(&dmv_fast::retrieve_cpu));
+  library.impl("retrieve_split_cpu", TORCH_BOX(&dmv_fast::retrieve_split_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CompositeExplicitAutograd, library) {

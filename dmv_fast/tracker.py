@@ -17,13 +17,8 @@ from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.model.pick import PickConfig
 from dmv_fast.runtime.frame import FrameStep
 from dmv_fast.runtime.load import load_network, make_frame_step
-from dmv_fast.runtime.precision import fast_dtype
 from dmv_fast.vision.crop import Window, search_window
 
-_SPLIT = "bfloat16x3"  # float32, whose convolutions are three products of bfloat16 parts
-_DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, _SPLIT: torch.float32
-}  # fmt: skip
 _SMALLEST = 2.0  # pixels; a box never shrinks below
 
 
@@ -75,8 +70,9 @@ class FastDMVTracker:
         weights: a shipped name ("dmv18") or a .safetensors file.
         k: candidates K that vote at each location, 1 to 32; None: the checkpoint's own.
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1" ...
-        dtype: "auto" (the fastest here), "float32", "bfloat16" or "float16"; or, on a CPU with AMX,
-            "bfloat16x3": near float32, the convolutions by three products in bfloat16.
+        dtype: "auto", "float32", "bfloat16", "float16"; or, on a CPU with AMX, "bfloat16x3": float32 within
+            1e-5, large products made of two or three in bfloat16. "auto": bfloat16x3 where it runs, float16
+            on a GPU, else the faster of bfloat16 and float32.
         backend: of the retrieval: "auto", "reference", "cpu", "triton" or "cuda". "reference" in float32 is
             the plain PyTorch network, all else the folded one.
         config: how the network is used; None: `TrackerConfig()`.
@@ -269,10 +265,7 @@ def frame_step_for(
 ) -> FrameStep:  # fmt: skip
     """FastDMVTracker's arguments, checked, as what runs a frame; the network is shared."""
     where = _resolve_device(device)
-    network = load_network(
-        str(weights), where, _resolve_dtype(dtype, where), _resolve_backend(backend, where),
-        split=dtype == _SPLIT,
-    )  # fmt: skip
+    network = load_network(str(weights), where, dtype, _resolve_backend(backend, where))
     k = network.model.config.candidates if k is None else k
     if not 1 <= k <= 32:
         raise ValueError(f"k is {k}; it must be 1 to 32")
@@ -329,14 +322,6 @@ def _resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}; PyTorch sees no CUDA GPU here (see `dmv-fast doctor`)")
     return device
-
-
-def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return fast_dtype(device)
-    if name not in _DTYPES:
-        raise ValueError(f"dtype is {name!r}; it must be auto or one of {sorted(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def _resolve_backend(name: str, device: torch.device) -> str:

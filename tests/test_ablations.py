@@ -131,7 +131,7 @@ def test_inside_is_the_cells_that_the_box_touches():
 
 
 def test_unknown_wipe_is_refused(weights):
-    network = load_network(weights, CPU, torch.float32, "auto")
+    network = load_network(weights, CPU, "float32", "auto")
     with pytest.raises(ValueError, match="wipe"):
         WithoutBackground(network, "keys")
 
@@ -226,7 +226,7 @@ def test_features_of_another_checkpoint_are_refused(tmp_path):
 
 
 def test_score_maps_with_and_without_background(weights, sequences):
-    network = load_network(weights, CPU, torch.float32, "auto")
+    network = load_network(weights, CPU, "float32", "auto")
     (look,) = background.look_at(network, sequences[:1], 4)  # of 13 frames, the tenth
     assert look.frame == 10 and [row["mode"] for row in look.rows] == list(background.MODES)
     assert not np.allclose(look.maps["kept"], look.maps["all"])

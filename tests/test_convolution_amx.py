@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from dmv_fast import FastDMVTracker
 from dmv_fast.model.dmv import DMV, DMVConfig
+from dmv_fast.ops.split import split_rows
 from dmv_fast.runtime import convolution, load
 from dmv_fast.runtime.convolution import Convolution, amx_runs
 from dmv_fast.runtime.network import FastNetwork, PlainNetwork
-from dmv_fast.runtime.trunk import PixelsAmx
+from dmv_fast.runtime.pixels import PixelsAmx
 
 CPU = torch.device("cpu")
 needs_amx = pytest.mark.skipif(not amx_runs(), reason="no AMX in this processor, or no C++ extension")
@@ -39,33 +40,41 @@ def channels_last(*shape: int) -> Tensor:
     return torch.randn(shape).to(memory_format=torch.channels_last)
 
 
-def make(c_in: int, c_out: int, kernel: int, *, relu: bool, split: bool, **geometry) -> Convolution:
-    """With its weights in .weight and .bias as they were before any rounding."""
+def make(
+    c_in: int, c_out: int, kernel: int, *, relu: bool, products: int, scaled: bool = False, **geometry
+) -> Convolution:
+    """With its weights in .weight and .bias, before three products round them.
+
+    products: 1 in bfloat16; of float32 3, or 2 with weights that are bfloat16 numbers. scaled: with a scale.
+    """
     weight = torch.randn(c_out, c_in // geometry.get("groups", 1), kernel, kernel)
     weight /= weight[0].numel() ** 0.5
-    bias = torch.randn(c_out)
-    dtype = torch.float32 if split else torch.bfloat16
-    made = Convolution(weight, bias, relu=relu, dtype=dtype, device=CPU, split=split, **geometry)
-    assert made._run == made._amx
-    made.weight, made.bias = (weight, bias) if split else (weight.bfloat16(), bias)
+    weight = weight if products == 3 else weight.bfloat16().float()
+    bias, scale = torch.randn(c_out), torch.rand(c_out) + 0.5 if scaled else None
+    dtype = torch.bfloat16 if products == 1 else torch.float32
+    made = Convolution(
+        weight, bias, scale=scale, relu=relu, dtype=dtype, device=CPU, split=products > 1, **geometry
+    )
+    assert made._run == made._amx and made._weight.numel() == weight.numel() * (2 if products == 3 else 1)
+    made.weight, made.bias = weight if scale is None else weight * scale[:, None, None, None], bias
     return made
 
 
 @needs_amx
-@pytest.mark.parametrize("split", [False, True], ids=["bfloat16", "three products"])
+@pytest.mark.parametrize("products", [1, 2, 3])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_equals_float64(geometry, split):
+def test_equals_float64(geometry, products):
     batch, c_in, c_out, height, width, kernel, stride, dilation, groups = geometry
     torch.manual_seed(0)
     where = {
         "stride": stride, "dilation": dilation, "groups": groups, "padding": dilation * (kernel // 2)
     }  # fmt: skip
     x = channels_last(batch, c_in, height, width)
-    x = x if split else x.bfloat16()
+    x = x if products > 1 else x.bfloat16()
     # The products are exact in bfloat16, the result is rounded once; two parts leave 2^-17 of each factor.
-    tolerance = 5e-5 if split else 2**-8
+    tolerance = 5e-5 if products > 1 else 2**-8
     for relu, residual in ((True, False), (False, False), (True, True)):
-        made = make(c_in, c_out, kernel, relu=relu, split=split, **where)
+        made = make(c_in, c_out, kernel, relu=relu, products=products, scaled=residual, **where)
         expected = F.conv2d(x.double(), made.weight.double(), made.bias.double(), **where)
         onto = channels_last(*expected.shape).to(x.dtype) if residual else None
         if residual:
@@ -74,14 +83,15 @@ def test_equals_float64(geometry, split):
         assert found.dtype == x.dtype and found.is_contiguous(memory_format=torch.channels_last)
         expected = expected.relu() if relu else expected
         torch.testing.assert_close(
-            found.double(), expected, atol=tolerance * (1 if split else 0.1), rtol=tolerance
+            found.double(), expected, atol=tolerance * (1 if products > 1 else 0.1), rtol=tolerance
         )
 
 
 @needs_amx
-def test_three_products_round_a_hundred_times_finer_than_one():
+@pytest.mark.parametrize("products", [2, 3])
+def test_parts_round_a_hundred_times_finer_than_one_product(products):
     torch.manual_seed(0)
-    made = make(128, 32, 3, relu=False, split=True, padding=1)
+    made = make(128, 32, 3, relu=False, products=products, padding=1)
     x = channels_last(1, 128, 16, 16)
     exact = F.conv2d(x.double(), made.weight.double(), made.bias.double(), padding=1)
 
@@ -93,14 +103,14 @@ def test_three_products_round_a_hundred_times_finer_than_one():
 
 
 @needs_amx
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("products", [1, 2, 3])
 @pytest.mark.parametrize("c_in, c_out, size", [(32, 64, 64), (128, 128, 16)])
-def test_threads_and_neighbours_change_nothing(split, c_in, c_out, size):
+def test_threads_and_neighbours_change_nothing(products, c_in, c_out, size):
     """Bit for bit: a crop alone, among others, on one thread and on three."""
     torch.manual_seed(0)
-    made = make(c_in, c_out, 3, relu=True, split=split, padding=1)
+    made = make(c_in, c_out, 3, relu=True, products=products, padding=1)
     x = channels_last(4, c_in, size, size)
-    x = x if split else x.bfloat16()
+    x = x if products > 1 else x.bfloat16()
     before = torch.get_num_threads()
     answers = []
     try:
@@ -114,7 +124,7 @@ def test_threads_and_neighbours_change_nothing(split, c_in, c_out, size):
 
 @needs_amx
 def test_a_nan_stays_where_it_is_seen():
-    made = make(32, 32, 3, relu=False, split=False, padding=1)
+    made = make(32, 32, 3, relu=False, products=1, padding=1)
     x = channels_last(2, 32, 16, 16).bfloat16()
     x[0, 3, 8, 8] = torch.nan
     bad = made(x).isnan().any(1)
@@ -123,10 +133,13 @@ def test_a_nan_stays_where_it_is_seen():
 
 @needs_amx
 def test_wrong_tensors_are_refused():
-    made = make(32, 32, 3, relu=True, split=False, padding=1)
+    made = make(32, 32, 3, relu=True, products=1, padding=1)
     x = channels_last(1, 32, 16, 16)
-    with pytest.raises(RuntimeError, match="weight: should be contiguous bfloat16 of 18432 elements"):
-        made(x)  # float32 asks for weights in two parts
+    weights = made._weight
+    made._weight = weights[:, :2].contiguous()
+    with pytest.raises(RuntimeError, match="weight: should be contiguous bfloat16 of 9216 elements"):
+        made(x)
+    made._weight = weights
     with pytest.raises(RuntimeError, match="multiples of 32"):
         made(x[:, :16])
 
@@ -168,7 +181,8 @@ def test_the_network_of_three_products_is_nearly_the_float32_one():
         for dtype in (torch.bfloat16, torch.float32):
             fast = FastNetwork(model, dtype=dtype, device=CPU, backend="auto", split=dtype == torch.float32)
             maps = fast.look(crops)
-            found = fast.predict(maps, keys.to(dtype), projected.to(dtype), 4, 700)
+            stored = split_rows(keys) if fast.key_width == 512 else keys.to(dtype)
+            found = fast.predict(maps, stored, projected.to(dtype), 4, 700)
             errors.append((relative(maps[..., :256], seen), relative(found.deltas, expected.deltas)))
     assert errors[1][0] < 1e-4 and errors[1][1] < 2e-3
     assert errors[1][0] < 0.02 * errors[0][0] and errors[1][1] < 0.1 * errors[0][1]

@@ -78,7 +78,7 @@ def assert_alike(found: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def shipped():
-    return load_network("dmv18", CPU, torch.float32, "reference").model
+    return load_network("dmv18", CPU, "float32", "reference").model
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -213,7 +213,7 @@ def same_boxes(a, b) -> bool:
 @pytest.mark.parametrize("count", [2, 4])
 def test_many_targets_are_as_each_alone(count):
     """At the same windows: what one call sees, against what a step of each target's own sees."""
-    model = load_network("dmv18", GPU, torch.float16, "auto").model
+    model = load_network("dmv18", GPU, "float16", "auto").model
     many = fast_step(model, targets=count)
     start(many, BOXES[:count])
     singles = [fast_step(model) for _ in range(count)]

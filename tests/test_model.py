@@ -310,7 +310,7 @@ def test_the_folded_network_is_for_the_vote_alone(tmp_path, model):
     save_model(model, tmp_path / "vote.safetensors")
     save_model(DMV(DMVConfig(reader="mlp")), tmp_path / "mlp.safetensors")
     kinds = [
-        type(load_network(str(tmp_path / f"{name}.safetensors"), cpu, torch.float32, "auto"))
+        type(load_network(str(tmp_path / f"{name}.safetensors"), cpu, "float32", "auto"))
         for name in ("vote", "mlp")
     ]
     assert kinds == [FastNetwork, PlainNetwork]

@@ -7,9 +7,11 @@ import torch
 
 from dmv_fast.model.backbone import Backbone
 from dmv_fast.runtime.convolution import Convolution, onednn_packs_weights
-from dmv_fast.runtime.trunk import Block, Trunk
+from dmv_fast.runtime.pixels import Pixels
+from dmv_fast.runtime.trunk import Block
 from dmv_fast.vision.crop import MEAN
 
+MEAN_PIXEL = 255 * torch.tensor(MEAN[::-1])
 WHERE = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
 onednn = pytest.mark.skipif(not onednn_packs_weights(), reason="this PyTorch adds biases by another routine")
 
@@ -20,19 +22,22 @@ def backbone() -> Backbone:
     return Backbone("resnet18").eval()
 
 
-def test_pixels_are_whole_numbers_away_from_the_mean(backbone):
+def test_pixels_are_whole_numbers_away_from_the_mean():
     crops = torch.arange(256, dtype=torch.uint8).repeat(3 * 256).view(1, 256, 256, 3)
-    found = Trunk(backbone, **WHERE).pixels(crops).permute(0, 2, 3, 1)
-    mean = (255 * torch.tensor(MEAN[::-1])).round()
+    found = Pixels(torch.ones(64, 3, 7, 7), torch.zeros(64), MEAN_PIXEL, **WHERE).pixels(crops)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found.float() + mean, crops.float())
+    assert torch.equal(found.permute(0, 2, 3, 1).float() + MEAN_PIXEL.round(), crops.float())
 
 
 def test_a_grey_crop_is_no_brighter_for_the_whole_mean(backbone):
     """conv1's bias makes up for what the whole numbers leave of the mean; the border is padded with them."""
     crops = torch.full((1, 256, 256, 3), 110, dtype=torch.uint8)
-    half, full = (Trunk(backbone, **{**WHERE, "dtype": d}) for d in (torch.bfloat16, torch.float32))
-    found, expected = (t._conv1(t.pixels(crops)).float()[..., 4:-4, 4:-4] for t in (half, full))
+    weight = backbone.conv1.weight.detach() / 50
+    half, full = (
+        Pixels(weight, torch.zeros(64), MEAN_PIXEL, **{**WHERE, "dtype": dtype})
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    found, expected = (p.convolution(p.pixels(crops)).float()[..., 4:-4, 4:-4] for p in (half, full))
     assert (found - expected).abs().max() < 0.01 * expected.abs().max()
 
 

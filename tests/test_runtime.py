@@ -18,7 +18,7 @@ from dmv_fast.runtime.convolution import Convolution
 from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.frame import FrameStep
 from dmv_fast.runtime.network import FastNetwork, PlainNetwork
-from dmv_fast.runtime.trunk import max_pool
+from dmv_fast.runtime.pixels import max_pool
 from dmv_fast.runtime.vote import fused_vote, vote_plain
 from dmv_fast.vision.crop import normalise, search_window
 
@@ -330,3 +330,10 @@ def test_fast_dtype_is_found_by_timing(monkeypatch, slow, chosen):
 
 def test_fast_dtype_answers_here():
     assert precision.fast_dtype(CPU) in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_auto_is_float32_in_parts_where_amx_runs(monkeypatch, amx):
+    monkeypatch.setattr(precision, "amx_runs", lambda: amx)
+    found = precision.precision_of("auto", CPU)
+    assert found == (torch.float32, True) if amx else found == (precision.fast_dtype(CPU), False)

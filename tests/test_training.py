@@ -219,8 +219,8 @@ def test_a_checkpoint_that_training_replaced_is_read_anew(tmp_path):
     for seed in (0, 1):
         save_model(DMV(DMVConfig(key_dim=64, value_dim=32, vote_dim=16, heads=2)), path)
         os.utime(path, ns=(seed, seed))
-        network = load_network(str(path), torch.device("cpu"), torch.float32, "reference")
-        assert load_network(str(path), torch.device("cpu"), torch.float32, "reference") is network
+        network = load_network(str(path), torch.device("cpu"), "float32", "reference")
+        assert load_network(str(path), torch.device("cpu"), "float32", "reference") is network
         heads.append(network.model.head.centre[0].weight)
     assert not torch.equal(*heads)
 

@@ -25,7 +25,7 @@ from benchmarks.ablations.unseen import write_unseen
 from dmv_fast.evaluation import datasets
 from dmv_fast.evaluation.results import environment, write_text
 from dmv_fast.runtime.load import load_network
-from dmv_fast.runtime.precision import fast_dtype
+from dmv_fast.runtime.precision import fast_precision
 from dmv_fast.weights import find, sha256
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +90,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _track(args: argparse.Namespace) -> None:
-    dtype = args.dtype or str(fast_dtype(CPU)).removeprefix("torch.")
+    dtype = args.dtype or fast_precision(CPU)
     data = {"dev": datasets.load("auto", args.dev)}
     if args.sequences:
         data["dev"] = datasets.select(data["dev"], args.sequences)
@@ -128,7 +128,7 @@ def _write_readers(runs: Path, results: Path) -> None:
 def _write_background(
     args: argparse.Namespace, dtype: str, sequences: list[datasets.Sequence], k: int
 ) -> int:
-    network = load_network(args.weights, CPU, getattr(torch, dtype), "auto")
+    network = load_network(args.weights, CPU, dtype, "auto")
     looks = list(background.look_at(network, sequences, k))
     rows = [row for look in looks for row in look.rows]
     if rows:

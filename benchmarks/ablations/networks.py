@@ -25,6 +25,7 @@ class WithoutBackground:
             raise ValueError(f"wipe is {wipe!r}; it must be 'values' or 'all'")
         self._network, self._wipe = network, wipe
         self.model, self.dtype, self.device = network.model, network.dtype, network.device
+        self.key_width, self.key_dtype = network.key_width, network.key_dtype
         self.value_width = network.value_width
         self.look, self.predict = network.look, network.predict
 
@@ -54,8 +55,8 @@ class HalfPlain:
 
     def __init__(self, model: DMV):
         self.model, self.device = model, model.anchors.device
-        self.dtype = fast_dtype(self.device)
-        self.value_width = model.config.value_dim
+        self.dtype = self.key_dtype = fast_dtype(self.device)
+        self.key_width, self.value_width = model.config.key_dim, model.config.value_dim
         self._trunk = Trunk(model.backbone, dtype=self.dtype, device=self.device)
 
     def look(self, crops: Tensor) -> Tensor:

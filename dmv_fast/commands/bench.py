@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from dmv_fast.evaluation import speed, speed_report
+    from dmv_fast.runtime.precision import fast_precision
 
     sections = _sections(args)
     if args.frames < 2:
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     bench = speed.Bench(_clip(args), base, args.frames, nano_dir=args.nano_dir)
     network = bench.frame_step(base).network
     facts = speed_report.machine(network.device)
-    facts |= {"clip": bench.clip.name, "dtype": str(network.dtype), "timed": speed_report.TIMED}
+    dtype = fast_precision(network.device) if args.dtype == "auto" else args.dtype
+    facts |= {"clip": bench.clip.name, "dtype": dtype, "timed": speed_report.TIMED}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
     for section in sections:
         began = time.perf_counter()

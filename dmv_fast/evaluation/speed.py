@@ -226,6 +226,7 @@ class Bench:
         """The fast path against the plain reference."""
         settings = {
             "fast": self.base,
+            "fast bfloat16": replace(self.base, dtype="bfloat16"),
             "fast float32": replace(self.base, dtype="float32"),
             "reference": replace(self.base, dtype="float32", backend="reference"),
         }

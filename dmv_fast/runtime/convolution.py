@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmv_fast.ops import available_backends
+from dmv_fast.ops.split import bfloat16_parts
 from dmv_fast.runtime import hardware
-from dmv_fast.runtime.fold import fold_norm
+from dmv_fast.runtime.fold import norm_line, scaled
 
 
 @functools.cache
@@ -34,33 +35,39 @@ def amx_runs() -> bool:
 
 
 class Convolution:
-    """x (B, C_in, H, W) channels-last -> relu(convolution + bias), where `relu` says so.
+    """x (B, C_in, H, W) channels-last -> relu(scale * convolution + bias), where `relu` says so.
 
-    `__call__(x, onto)` is a residual block's end: relu(convolution + bias + onto), maybe written over onto.
-    A bias of None is zero. oneDNN adds it in float32, but not at a residual block's end.
-    split: of dtype float32, each number as two of bfloat16, three of whose four products are summed; what our
-    own kernel does not take (channels in other than 32s) stays plain float32.
+    `__call__(x, onto)` is a residual block's end: relu(scale * convolution + bias + onto), maybe written over
+    onto. scale and bias (C_out,); None is one and zero. oneDNN adds the bias in float32, but not at a block's
+    end; our own kernel does always, and leaves the scale out of the weights.
+    split: of dtype float32, each number as two of bfloat16, three of whose four products are summed, and two
+    where the weights are bfloat16 numbers; what our own kernel does not take (channels in other than 32s)
+    stays plain float32.
     """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, *, relu: bool, dtype: torch.dtype, device: torch.device,
-        stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1, split: bool = False,
+        scale: Tensor | None = None, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1,
+        split: bool = False,
     ):  # fmt: skip
         gpu = hardware.on_gpu(device)
-        if gpu and groups > 1:
-            weight, groups = _ungrouped(weight, groups), 1
         self._geometry = ([padding] * 2, [stride] * 2, [dilation] * 2, groups)
         self._relu = relu
+        if not gpu and device.type == "cpu" and _suits_amx(weight, groups, dtype, split):
+            c_out, _, self._kernel, _ = weight.shape
+            self._run, self._weight = self._amx, _amx_tiles(weight, split)
+            self._scale = torch.ones(c_out) if scale is None else scale.float()
+            self._wide_bias = torch.zeros(c_out) if bias is None else bias.detach().float()
+            return
+        weight = weight if scale is None else scaled(weight, scale)
+        if gpu and groups > 1:
+            weight, self._geometry = _ungrouped(weight, groups), (*self._geometry[:3], 1)
         self._weight = weight.to(device, dtype, memory_format=torch.channels_last)
         self._bias = None if bias is None else bias.to(device, dtype)
         self._wide_bias = None if bias is None else bias.to(device, torch.float32)
         self._run = self._plain
         if gpu and dtype != torch.float32:
             self._run, self._pays = self._cudnn_if_it_pays, {}
-        elif not gpu and device.type == "cpu" and _suits_amx(weight, groups, dtype, split):
-            self._run, self._weight = self._amx, _amx_tiles(weight, parts=2 if split else 1)
-            self._wide_bias = torch.zeros(len(weight)) if bias is None else self._wide_bias
-            self._kernel = weight.shape[2]
         elif not gpu and device.type == "cpu" and onednn_packs_weights():
             pack = torch.ops.mkldnn._reorder_convolution_weight.default
             size = [1, weight.shape[1] * groups, 32, 32]  # a hint; any size gave the same layout
@@ -69,9 +76,9 @@ class Convolution:
     @classmethod
     def of(cls, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, *, relu: bool, **where) -> Convolution:
         """The layers of the reference network, folded. where: dtype and device."""
-        weight, bias = (conv.weight, conv.bias) if norm is None else fold_norm(conv, norm)
+        scale, bias = (None, conv.bias) if norm is None else norm_line(norm)
         geometry = {"stride": conv.stride[0], "padding": conv.padding[0], "dilation": conv.dilation[0]}
-        return cls(weight, bias, relu=relu, groups=conv.groups, **geometry, **where)
+        return cls(conv.weight, bias, scale=scale, relu=relu, groups=conv.groups, **geometry, **where)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         return self._run(x, onto)
@@ -86,7 +93,7 @@ class Convolution:
             out = onto.permute(0, 2, 3, 1).contiguous()
         geometry = (self._kernel, stride, padding, dilation, groups)
         torch.ops.dmv_fast.convolve_cpu.default(
-            x, self._weight, self._wide_bias, out, add, self._relu or add, *geometry
+            x, self._weight, self._scale, self._wide_bias, out, add, self._relu or add, *geometry
         )
         return out.permute(0, 3, 1, 2)
 
@@ -153,24 +160,16 @@ def _suits_amx(weight: Tensor, groups: int, dtype: torch.dtype, split: bool) -> 
     return dtype == torch.float32 if split else dtype == torch.bfloat16 and (height > 1 or c_in <= 512)
 
 
-def _amx_tiles(weight: Tensor, parts: int) -> Tensor:
+def _amx_tiles(weight: Tensor, split: bool) -> Tensor:
     """(C_out, C_in, h, w) -> bfloat16 tiles in the order in which csrc/conv_amx.cpp reads them.
 
-    A tile is 32 channels in, in pairs, by 16 out.
+    A tile is 32 channels in, in pairs, by 16 out. The second parts are left out where all are zero.
     """
     c_out, c_in, height, width = weight.shape
-    halves = bfloat16_parts(weight, parts)
-    blocks = halves.view(parts, c_out // 32, 2, 16, c_in // 32, 16, 2, height, width)
+    halves = bfloat16_parts(weight)
+    halves = halves[: 2 if split and halves[1].any() else 1]
+    blocks = halves.view(len(halves), c_out // 32, 2, 16, c_in // 32, 16, 2, height, width)
     return blocks.permute(1, 7, 4, 8, 0, 2, 5, 3, 6).contiguous()
-
-
-def bfloat16_parts(weight: Tensor, parts: int) -> Tensor:
-    """float32 (...) -> (parts, ...) bfloat16; of two the second is what the first, rounded, leaves."""
-    weight = weight.detach().float()
-    halves = [weight.bfloat16()]
-    if parts == 2:
-        halves.append((weight - halves[0].float()).bfloat16())
-    return torch.stack(halves)
 
 
 def _ungrouped(weight: Tensor, groups: int) -> Tensor:

@@ -17,7 +17,7 @@ from dmv_fast.model.pick import PickConfig
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.frame import FrameStep
 from dmv_fast.runtime.network import FastNetwork
-from dmv_fast.runtime.trunk import GPU_CHANNELS
+from dmv_fast.runtime.pixels import GPU_CHANNELS
 from dmv_fast.vision.crop import CROP_SIZE, MEAN, Window, cut, mean_colour
 
 _LARGEST = 1024  # side of a window that goes up whole, 3 MB; of a larger one, what is left at 256 x 256

@@ -16,12 +16,16 @@ from dmv_fast.model.retrieval import MemoryRead
 from dmv_fast.model.voting import VotingNet
 
 
-def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """A bias-free convolution and its batch norm as one: weight (C_out, C_in, h, w), bias (C_out,)."""
+def norm_line(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """A batch norm as x * scale + bias: two of (C,), the scale still in float64."""
     scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-    weight = conv.weight.double() * scale[:, None, None, None]
     bias = norm.bias.double() - norm.running_mean.double() * scale
-    return weight.float(), bias.float()
+    return scale, bias.float()
+
+
+def scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """A convolution's weight (C_out, C_in, h, w) with the scale (C_out,) of its outputs in it."""
+    return (weight.double() * scale.double()[:, None, None, None]).float()
 
 
 def fold_pixels(weight: Tensor, deviation: tuple[float, ...]) -> Tensor:

@@ -12,21 +12,21 @@ from dmv_fast.runtime import hardware
 from dmv_fast.runtime.convolution import amx_runs
 from dmv_fast.runtime.frame import FrameStep
 from dmv_fast.runtime.network import FastNetwork, Network, PlainNetwork
+from dmv_fast.runtime.precision import Precision, precision_of
 from dmv_fast.weights import find, load_model
 
 _lock = threading.Lock()
 
 
-def load_network(
-    weights: str, device: torch.device, dtype: torch.dtype, backend: str, *, split: bool = False
-) -> Network:
+def load_network(weights: str, device: torch.device, dtype: str, backend: str) -> Network:
     """The network of a checkpoint; one copy for all trackers of a process.
 
     float32 with the backend "reference" is the plain PyTorch network, everything else the folded one; the
     readers that exist for comparison (`DMVConfig.reader`, `score_use`) are plain, in float32, in any case.
-    split: FastNetwork's; ValueError where the processor has no AMX.
+    dtype: FastDMVTracker's. Raises ValueError where it is unknown or does not run on the device.
     """
-    if split and not (device.type == "cpu" and amx_runs()):
+    precision = precision_of(dtype, device)
+    if precision.split and not (device.type == "cpu" and amx_runs()):
         raise ValueError(
             f"dtype 'bfloat16x3' does not run on {device}: it needs a CPU with AMX and the C++ extension; "
             "take 'float32', or 'auto'"
@@ -34,18 +34,18 @@ def load_network(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     with _lock:
-        return _load(weights, find(weights).stat().st_mtime_ns, device, dtype, backend, split)
+        return _load(weights, find(weights).stat().st_mtime_ns, device, precision, backend)
 
 
 @functools.lru_cache(maxsize=8)
 def _load(
-    weights: str, _written: int, device: torch.device, dtype: torch.dtype, backend: str, split: bool
+    weights: str, _written: int, device: torch.device, precision: Precision, backend: str
 ) -> Network:  # _written: a checkpoint that training has replaced is another network
     model = load_model(weights, device=device)
     for_comparison = model.config.reader != "vote" or model.config.score_use != "renormalised"
-    if for_comparison or (dtype == torch.float32 and backend == "reference"):
+    if for_comparison or (precision == Precision(torch.float32) and backend == "reference"):
         return PlainNetwork(model, backend=backend)
-    network = FastNetwork(model, dtype=dtype, device=device, backend=backend, split=split)
+    network = FastNetwork(model, **precision._asdict(), device=device, backend=backend)
     if device.type == "cuda":  # complete, also for another thread's stream
         torch.cuda.current_stream(device).synchronize()
     return network

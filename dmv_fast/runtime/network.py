@@ -11,6 +11,7 @@ from dmv_fast import ops
 from dmv_fast.model.dmv import DMV, Prediction
 from dmv_fast.model.head import BoxHead
 from dmv_fast.model.memory import ValueEncoder
+from dmv_fast.ops.split import retrieve_split, split_rows
 from dmv_fast.runtime.convolution import Convolution, run_chain
 from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.rows import Projection, with_length
@@ -26,28 +27,32 @@ class Network(Protocol):
     """The reference, float32: its geometry, its anchors, how it codes boxes."""
     dtype: torch.dtype
     device: torch.device
+    key_width: int
+    """Of a key in the memory ..."""
+    key_dtype: torch.dtype
+    """... and its number format."""
     value_width: int
-    """Of a value in the memory."""
+    """Of a value in the memory, which is of `dtype`."""
 
     def look(self, crops: Tensor) -> Tensor:
         """crops (B, 256, 256, 3) uint8 BGR -> maps."""
 
     def predict(self, maps: Tensor, keys: Tensor, values: Tensor, k: int, valid: Tensor | int) -> Prediction:
-        """keys (B, N, D), values (B, N, value_width), valid as in ops.retrieve -> Prediction in float32."""
+        """keys (B, N, key_width), values (B, N, value_width), valid as in ops.retrieve -> float32 maps."""
 
     def remember(self, maps: Tensor, scores: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
-        """As DMV.remember: keys (B, M, D), values (B, M, value_width)."""
+        """As DMV.remember: keys (B, M, key_width), values (B, M, value_width)."""
 
 
 class PlainNetwork:
     """The reference as it stands in dmv_fast.model."""
 
-    dtype = torch.float32
+    dtype = key_dtype = torch.float32
 
     def __init__(self, model: DMV, *, backend: str):
         self.model, self._backend = model, backend
         self.device = model.anchors.device
-        self.value_width = model.config.value_dim
+        self.key_width, self.value_width = model.config.key_dim, model.config.value_dim
 
     def look(self, crops: Tensor) -> Tensor:
         return self.model.backbone(normalise(crops)).permute(0, 2, 3, 1)
@@ -65,7 +70,8 @@ class FastNetwork:
     The memory holds values as the voting net reads them: C wide, projected once, when written. The last V
     channels of its maps are room for what is retrieved, so that the head reads both as one map.
 
-    split: of float32, the convolutions made of products of bfloat16 parts (see Convolution).
+    split: of float32, the large products made of those of bfloat16 parts (see Convolution); keys are then
+    kept as two such parts (see ops.split).
     """
 
     def __init__(
@@ -76,8 +82,11 @@ class FastNetwork:
         where = {"dtype": dtype, "device": device}
         weights = fold_vote(model.read)
         self.value_width = weights.value_in.shape[0]
+        self._split_keys = split and model.config.key_dim % 32 == 0 and backend in ("auto", "cpu")
+        self.key_width = model.config.key_dim * (2 if self._split_keys else 1)
+        self.key_dtype = torch.bfloat16 if self._split_keys else dtype
         self._trunk = Trunk(model.backbone, split=split, **where)
-        self._vote = fused_vote(weights, **where)
+        self._vote = fused_vote(weights, split=split, **where)
         self._null = weights.null.to(device, dtype)
         self._query_in = Projection(weights.query_in, weights.query_bias, **where)
         cosine = model.read.similarity == "cosine"
@@ -109,6 +118,8 @@ class FastNetwork:
     def match(self, maps: Tensor, keys: Tensor, k: int, valid: Tensor | int) -> tuple[Tensor, Tensor]:
         """The K best keys of each location: ops.retrieve."""
         query = self._unit(self._features(maps), self._temperature)
+        if self._split_keys:
+            return retrieve_split(split_rows(query), keys, k, valid=valid)
         return ops.retrieve(query, keys, k, valid=valid, backend=self._backend)
 
     def gather(self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
@@ -134,7 +145,8 @@ class FastNetwork:
         scores = scores.masked_fill(scores < ValueEncoder.score_floor, 0.0)
         soft = torch.cat([scores, deltas.flatten(1, 2)], 1).permute(0, 2, 3, 1).to(self.dtype)
         values = self._encoder(torch.cat([features, soft], -1).permute(0, 3, 1, 2))
-        return self._unit(features.flatten(1, 2), 1.0), values
+        keys = self._unit(features.flatten(1, 2), 1.0)
+        return split_rows(keys) if self._split_keys else keys, values
 
     def _unit(self, rows: Tensor, length: float | None) -> Tensor:
         """rows (B, M, D) at that length ("cosine"), or as they are (None for "dot")."""

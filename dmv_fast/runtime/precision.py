@@ -4,14 +4,51 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dmv_fast.runtime.convolution import Convolution
+from dmv_fast.runtime.convolution import Convolution, amx_runs
 
 _WORTH = 0.8  # bfloat16 must take at most this share of float32's time
 _REPEATS = 7
+
+
+class Precision(NamedTuple):
+    """What a frame's numbers are."""
+
+    dtype: torch.dtype
+    split: bool = False
+    """Whether large products of float32 are made of those of bfloat16 parts (FastNetwork)."""
+
+
+_NAMED = {
+    "float32": Precision(torch.float32),
+    "bfloat16": Precision(torch.bfloat16),
+    "float16": Precision(torch.float16),
+    "bfloat16x3": Precision(torch.float32, split=True),
+}
+
+
+def precision_of(name: str, device: torch.device) -> Precision:
+    """By the name that a user gives it, "auto" among them. Raises ValueError where it is unknown."""
+    if name == "auto":
+        name = fast_precision(device)
+    if name not in _NAMED:
+        raise ValueError(f"dtype is {name!r}; it must be auto or one of {sorted(_NAMED)}")
+    return _NAMED[name]
+
+
+def fast_precision(device: torch.device) -> str:
+    """The name of what "auto" is on a device.
+
+    On a CPU with AMX bfloat16x3: bfloat16 takes two thirds of its time, but where two things look alike its
+    rounding decides which one is followed.
+    """
+    if device.type == "cpu" and amx_runs():
+        return "bfloat16x3"
+    return str(fast_dtype(device)).removeprefix("torch.")
 
 
 @functools.cache

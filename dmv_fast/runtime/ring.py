@@ -12,20 +12,19 @@ from dmv_fast.runtime.network import Network
 
 
 class Ring:
-    """keys (targets, T * M, D) and values (targets, T * M, value_width), allocated once.
+    """keys (targets, T * M, key_width) and values (targets, T * M, value_width), allocated once.
 
     valid (targets,) int32 on the device: how many leading rows of each exist. Which slot is written next is
     MemoryBank's to say: `banks` are such without storage.
     """
 
     def __init__(self, network: Network, targets: int, capacity: int):
-        model, where = network.model, {"device": network.device, "dtype": network.dtype}
-        self.locations = model.locations
-        shape = (capacity, model.locations, model.config.key_dim, network.value_width)
-        rows = capacity * model.locations
-        self.keys = torch.zeros(targets, rows, shape[2], **where)
-        self.values = torch.zeros(targets, rows, shape[3], **where)
-        self.valid = torch.zeros(targets, dtype=torch.int32, device=network.device)
+        self.locations, device = network.model.locations, network.device
+        shape = (capacity, self.locations, network.key_width, network.value_width)
+        rows = capacity * self.locations
+        self.keys = torch.zeros(targets, rows, network.key_width, dtype=network.key_dtype, device=device)
+        self.values = torch.zeros(targets, rows, network.value_width, dtype=network.dtype, device=device)
+        self.valid = torch.zeros(targets, dtype=torch.int32, device=device)
         self.banks = [MemoryBank(1, *shape, device="meta") for _ in range(targets)]
 
     def clear(self, target: int) -> None:
@@ -40,7 +39,7 @@ class Ring:
         return bank.write(nothing, nothing, frame)
 
     def write(self, target: int, keys: Tensor, values: Tensor, frame: int) -> bool:
-        """Store one frame, keys (1, M, D), values (1, M, value_width); False where the memory refuses it."""
+        """Store one frame, keys (1, M, ...) and values (1, M, ...); False where the memory refuses it."""
         slot = self.claim(target, frame)
         if slot is None:
             return False

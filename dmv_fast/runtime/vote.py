@@ -40,7 +40,7 @@ def _heard(rows: Tensor, weights: VoteWeights) -> Tensor:
 
 
 def fused_vote(
-    weights: VoteWeights, dtype: torch.dtype, device: torch.device
+    weights: VoteWeights, dtype: torch.dtype, device: torch.device, *, split: bool = False
 ) -> Callable[[Tensor, Tensor], object]:
     """The voting function of this device, its weights brought into its layout.
 

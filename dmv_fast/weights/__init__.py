@@ -58,7 +58,11 @@ def load_model(
 
 
 def save_model(model: DMV, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16) -> str:
-    """Write a checkpoint (atomically); returns its sha256. Batch-norm statistics keep float32."""
+    """Write a checkpoint (atomically); returns its sha256. Batch-norm statistics keep float32.
+
+    In float16 the convolutions' weights are rounded to 8 bits, as bfloat16 has: float32 times such takes two
+    products in bfloat16, others take three (runtime/convolution.py). Training in bfloat16 sees only such.
+    """
     path = Path(path)
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in model.state_dict().items()}
     part = path.with_name(path.name + ".part")
@@ -85,7 +89,10 @@ def load_pretrained(model: DMV, path: str | os.PathLike[str]) -> None:
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     keep = not tensor.is_floating_point() or "running_" in name or tensor.ndim == 0
-    return tensor.detach().cpu().contiguous().to(tensor.dtype if keep else dtype)
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.ndim == 4 and dtype == torch.float16:
+        tensor = tensor.bfloat16().float()
+    return tensor.to(tensor.dtype if keep else dtype)
 
 
 def _read(path: Path, *, want_config: bool = True) -> tuple[dict[str, Tensor], dict]:

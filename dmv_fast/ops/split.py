@@ -1,0 +1,59 @@
+"""float32 numbers as two of bfloat16, and retrieval over rows of such (csrc/retrieve_amx.cpp).
+
+v = v_0 + v_1 with an error of 2^-17 v; a product of two is three of the four products of their parts,
+a_1 b_0 + a_0 b_0 + a_0 b_1, which matrix units for bfloat16 take far less time for than float32 takes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmv_fast.ops.retrieve import retrieve_reference
+
+
+def bfloat16_parts(x: Tensor) -> Tensor:
+    """float32 (...) -> (2, ...) bfloat16; the second is what the first, rounded, leaves."""
+    x = x.detach().float()
+    first = x.bfloat16()
+    return torch.stack([first, (x - first.float()).bfloat16()])
+
+
+def split_rows(rows: Tensor) -> Tensor:
+    """rows (B, N, D) float32, of any stride -> (B, N, 2 D) bfloat16: first parts, then second ones."""
+    return torch.cat(bfloat16_parts(rows).unbind(0), -1)
+
+
+def join_rows(rows: Tensor) -> Tensor:
+    """What `split_rows` was given, within 2^-17 of it."""
+    first, second = rows.float().chunk(2, -1)
+    return first + second
+
+
+def retrieve_split_reference(
+    query: Tensor, keys: Tensor, k: int, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The specification of `retrieve_split`; that leaves out the products of two second parts."""
+    return retrieve_reference(join_rows(query), join_rows(keys), k, valid)
+
+
+def retrieve_split(
+    query: Tensor,  # (B, M, 2 D)
+    keys: Tensor,  # (B, N, 2 D)
+    k: int,
+    *,
+    valid: Tensor | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ops.retrieve` over rows that `split_rows` gave, on a CPU with AMX; without gradients.
+
+    query, keys: (B, M, 2 D) and (B, N, 2 D) bfloat16, D a multiple of 32 up to 512; k: 1 to 32; valid: how
+    many leading keys exist, None (all), an int, or an int32 tensor (B,). Returns scores (B, M, k) float32 and
+    indices (B, M, k) int32, as retrieve.
+
+    Raises RuntimeError naming the argument that is not so, or where the processor has no AMX.
+    """
+    if isinstance(valid, int):
+        keys, valid = keys[:, :valid], None
+    if keys.shape[1] == 0:
+        return retrieve_split_reference(query, keys, k, valid)
+    return torch.ops.dmv_fast.retrieve_split_cpu.default(query, keys, k, valid)
