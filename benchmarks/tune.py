@@ -83,6 +83,7 @@ VARIATIONS = {
     "width 2": vary(search_width=2.0),
     "patience 0": vary(search_patience=0),
     "window 0": vary(window=0.0),
+    "window 0.05": vary(window=0.05),
     "window 0.2": vary(window=0.2),
     "penalty 0": vary(size_penalty=0.0),
     "penalty 0.06": vary(size_penalty=0.06),

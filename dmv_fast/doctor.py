@@ -25,6 +25,7 @@ def report() -> str:
         "extension": _extension,
         "backends on cpu": lambda: _backends("cpu"),
         "backends on cuda": lambda: _backends("cuda"),
+        "dtype auto": _auto,
         "weights": _weights,
     }
     lines = []
@@ -114,6 +115,15 @@ def _backends(device_type: str) -> list[str]:
     from dmv_fast.ops import available_backends
 
     return [f"{name}: {why or 'usable'}" for name, why in available_backends(device_type).items()]
+
+
+def _auto() -> list[str]:
+    import torch
+
+    from dmv_fast.runtime.precision import fast_precision
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [f"{device}: {fast_precision(torch.device(device))}" for device in devices]
 
 
 def _weights() -> list[str]:

@@ -21,9 +21,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from dmv_fast import cli
 from dmv_fast.commands import track
+from dmv_fast.runtime.precision import fast_precision
 from dmv_fast.vision.video import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -450,7 +452,9 @@ def test_every_command_is_there(name, capsys):
 
 def test_doctor_reports(capsys):
     assert cli.main(["doctor"]) == 0
-    assert "torch" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "torch" in said
+    assert f"cpu: {fast_precision(torch.device('cpu'))}\n" in said
 
 
 # ---- the demo --------------------------------------------------------------------------------------------
