@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dmv_fast import ops
 from dmv_fast.model.dmv import DMV, Prediction
@@ -134,7 +135,7 @@ class FastNetwork:
     def head(self, maps: Tensor) -> Prediction:
         """Features and retrieved values to logits and deltas, float32."""
         anchors = len(self.model.config.anchor_ratios)
-        answer = run_chain(self._head, maps.permute(0, 3, 1, 2)) + self._head_bias
+        answer = run_chain(self._head, maps.permute(0, 3, 1, 2))[:, : len(self._head_bias)] + self._head_bias
         return Prediction(answer[:, :anchors], answer[:, anchors:].unflatten(1, (anchors, 4)))
 
     def _features(self, maps: Tensor) -> Tensor:
@@ -154,9 +155,9 @@ class FastNetwork:
 
 
 def _fold_head(head: BoxHead, **where) -> tuple[list[Convolution], Tensor]:
-    """Both branches side by side: (B, D + V, H, W) -> (B, A + 4 A, H, W), logits first.
+    """Both branches side by side: (B, D + V, H, W) -> (B, A + 4 A or more, H, W), logits first.
 
-    The last bias is left to be added, in float32.
+    The last bias is left to be added, in float32. Channels are filled up to 32s, the matrix units' measure.
     """
     first, second, last = ([head.centre[i], head.box[i]] for i in (0, 2, 4))
 
@@ -164,6 +165,7 @@ def _fold_head(head: BoxHead, **where) -> tuple[list[Convolution], Tensor]:
         return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
     weight, bias = _block_diagonal(*last)
+    weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % 32))
     convolutions = [
         Convolution(*both(first), relu=True, padding=1, **where),
         Convolution(*both(second), relu=True, padding=1, groups=2, **where),
