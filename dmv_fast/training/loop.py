@@ -350,7 +350,8 @@ def _beside(name: str, recipe_path: Path, data: Path) -> Path:
 
 def _start_from(model: DMV, name: str) -> None:
     start = load_model(name)
-    if replace(start.config, candidates=model.config.candidates) != model.config:
+    ours = model.config  # K and the grid have no weights of their own
+    if replace(start.config, candidates=ours.candidates, grid=ours.grid) != ours:
         raise ValueError(f"recipe: model is {model.config}; start_from {name} is {start.config}")
     model.load_state_dict(start.state_dict())
 

@@ -51,7 +51,7 @@ class Recipe:
     pretrained: str | None = None
     """ImageNet weights of conv1 to layer3 (safetensors); relative to the recipe or the data folder."""
     start_from: str | None = None
-    """A whole checkpoint of the same model to go on from: a shipped name or a .safetensors file."""
+    """A whole checkpoint to go on from, alike but for K and grid: a shipped name or a .safetensors file."""
     teacher: str | None = None
     """A whole checkpoint, alike but for its backbone: its read, head and value encoder are taken over ..."""
     teacher_steps: int = 0
