@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16")
+#include "amx_tiles.h"
 #include "vote_group.h"
 
 namespace dmv_fast {
@@ -12,17 +13,8 @@ namespace {
 
 class VoteAmx {
  public:
-  VoteAmx() {
-    // A constant, because GCC takes _tile_loadconfig to read 8 bytes and drops stores to the other 56.
-    struct alignas(64) Shapes {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    static constexpr Shapes kShapes;
-    _tile_loadconfig(&kShapes);
-  }
-  ~VoteAmx() { _tile_release(); }
+  VoteAmx() { begin_tiles(); }
+  ~VoteAmx() { end_tiles(); }
 
   // All of b stays in tiles 2 to 5.
   template <class Take>
@@ -74,10 +66,7 @@ class VoteAmx {
 
   template <class Between>
   void logits(const uint16_t* a, int64_t stride, const uint16_t* b, float* c, Between&& between) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     _tile_loadd(4, a, stride * 2);
     _tile_loadd(6, b, 128);
     _tile_loadd(7, b + 32, 128);
@@ -90,7 +79,7 @@ class VoteAmx {
     between(2);
     _tile_dpbf16ps(3, 5, 7);
     between(3);
-    store_sums(c);
+    store_sums(c, kVoteRows);
   }
 
   void add(const uint16_t* a, const uint16_t* b, int steps, float* c) {
@@ -100,12 +89,9 @@ class VoteAmx {
       _tile_loadd(6, b, 128);
       _tile_loadd(7, b + 32, 128);
       _tile_loadd(5, a + 16 * 32, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      add_products();
     }
-    store_sums(c);
+    store_sums(c, kVoteRows);
   }
 
  private:
@@ -114,12 +100,6 @@ class VoteAmx {
     _tile_loadd(1, c + 16, kVoteRows * 4);
     _tile_loadd(2, c + 16 * kVoteRows, kVoteRows * 4);
     _tile_loadd(3, c + 16 * kVoteRows + 16, kVoteRows * 4);
-  }
-  static void store_sums(float* c) {
-    _tile_stored(0, c, kVoteRows * 4);
-    _tile_stored(1, c + 16, kVoteRows * 4);
-    _tile_stored(2, c + 16 * kVoteRows, kVoteRows * 4);
-    _tile_stored(3, c + 16 * kVoteRows + 16, kVoteRows * 4);
   }
 
   alignas(64) float part_[2][16 * kVoteRows];

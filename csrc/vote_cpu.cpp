@@ -1,4 +1,5 @@
 // dmv_fast::vote_cpu: the voting net over each location's candidates (paper section 3.2), weights folded beforehand.
+#include "checked.h"
 #include "vote_cpu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -6,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace dmv_fast {
 namespace {
@@ -19,23 +19,13 @@ using torch::stable::Tensor;
 // beat PyTorch's many small products.
 VoteLocations vote_kernel() {
 #ifdef DMV_X86
-  const char* wanted = std::getenv("DMV_FAST_CPU_ISA");
-  const Isa limit = wanted && *wanted ? chosen_isa() : Isa::amx;
-  if (limit >= Isa::amx && runs_here(Isa::amx)) return vote_amx();
-  if (limit >= Isa::avx512_bf16 && runs_here(Isa::avx512_bf16)) return vote_avx512_bf16();
+  if (allowed(Isa::amx)) return vote_amx();
+  if (allowed(Isa::avx512_bf16)) return vote_avx512_bf16();
 #endif
   return nullptr;
 }
 
 bool vote_cpu_runs() { return vote_kernel() != nullptr; }
-
-template <class Number>
-const Number* checked(const Tensor& tensor, const char* name, ScalarType dtype, int64_t size) {
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == size, name, ": should be contiguous ",
-      dtype == ScalarType::Float ? "float32" : "bfloat16", " of ", size, " elements");
-  return static_cast<const Number*>(tensor.const_data_ptr());
-}
 
 Tensor vote_cpu(
     const Tensor& rows,      // [B, M, K, C] bfloat16

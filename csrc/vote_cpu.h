@@ -37,4 +37,27 @@ using VoteLocations = void (*)(const Voting& call, int64_t first, int64_t last);
 VoteLocations vote_avx512_bf16();
 VoteLocations vote_amx();
 
+// One call in float32, of products of two bfloat16 parts of each number. Matrices are bfloat16, in both parts, as
+// tiles: see _tiles_of_parts in dmv_fast/runtime/vote.py.
+struct SplitVoting {
+  const float* rows;       // [locations][candidates][C]
+  const uint16_t* to_q;    // of [heads * C/4][C]
+  const float* q_bias;     // [heads * C/4]
+  const uint16_t* to_k;    // of [heads * C/4][C]
+  const uint16_t* mix;     // of [(heads + 1) * C][C]: what is heard by each head, then the candidate itself
+  const float* mix_bias;   // [C]
+  const uint16_t* out;     // of [V][C]
+  const float* out_bias;   // [V]
+  float* retrieved;        // [locations][V]
+  int64_t locations, value_width;
+  int candidates, heads;
+  float epsilon;           // of the layer norm
+
+  int locations_together() const { return kVoteRows / candidates; }
+};
+
+using VoteSplitLocations = void (*)(const SplitVoting& call, int64_t first, int64_t last);
+
+VoteSplitLocations vote_split_amx();
+
 }  // namespace dmv_fast

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmv_fast.ops import available_backends
+from dmv_fast.ops.split import bfloat16_parts
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.fold import VoteWeights
 
@@ -45,26 +46,29 @@ def fused_vote(
     """The voting function of this device, its weights brought into its layout.
 
     Called with rows (B, M, K, C) and where the retrieved values go: (B, M, V), rows of any stride.
+    split: of float32, products made of two bfloat16 parts of each number, where the processor has AMX.
     """
     width, value_width = weights.mix.shape[0], weights.out.shape[0]
     fits = width == _FUSED_WIDTH and value_width % 32 == 0 and weights.heads in (2, 4, 6, 8)
-    fits = fits and dtype != torch.float32
-    if fits and hardware.triton_runs(device):
+    half = fits and dtype != torch.float32
+    if half and hardware.triton_runs(device):
         from dmv_fast.kernels.vote import make_vote
 
         return make_vote(weights, dtype, device)
-    if fits and dtype == torch.bfloat16 and device.type == "cpu" and _cpu_kernel_runs():
+    if half and dtype == torch.bfloat16 and device.type == "cpu" and _cpu_kernel_runs("vote_cpu"):
         run = _cpu_vote(weights)
+    elif fits and split and not half and device.type == "cpu" and _cpu_kernel_runs("vote_split_cpu"):
+        run = _split_vote(weights)
     else:
         local = VoteWeights(*(w.to(device, dtype) for w in weights[:-1]), epsilon=weights.epsilon)
         run = functools.partial(vote_plain, weights=local)
     return lambda rows, out: out.copy_(run(rows))
 
 
-def _cpu_kernel_runs() -> bool:
-    if available_backends("cpu")["cpu"] is not None or not hasattr(torch.ops.dmv_fast, "vote_cpu"):
+def _cpu_kernel_runs(name: str) -> bool:
+    if available_backends("cpu")["cpu"] is not None or not hasattr(torch.ops.dmv_fast, name):
         return False
-    return torch.ops.dmv_fast.vote_cpu_runs()
+    return getattr(torch.ops.dmv_fast, f"{name}_runs")()
 
 
 def _cpu_vote(weights: VoteWeights) -> Callable[[Tensor], Tensor]:
@@ -74,6 +78,20 @@ def _cpu_vote(weights: VoteWeights) -> Callable[[Tensor], Tensor]:
     mixed = heads.bfloat16().contiguous(), weights.mix_bias
     packed = (*attention, *mixed, _pairs(weights.out), weights.out_bias, weights.epsilon)
     return lambda rows: run(rows, *packed)
+
+
+def _split_vote(weights: VoteWeights) -> Callable[[Tensor], Tensor]:
+    run = torch.ops.dmv_fast.vote_split_cpu.default
+    heads = weights.mix.unflatten(1, (-1, _FUSED_WIDTH)).transpose(0, 1).flatten(0, 1)  # ((H + 1) * C, C)
+    attention = _tiles_of_parts(weights.to_q), weights.q_bias, _tiles_of_parts(weights.to_k)
+    packed = (*attention, _tiles_of_parts(heads), weights.mix_bias, _tiles_of_parts(weights.out))
+    return lambda rows: run(rows, *packed, weights.out_bias, weights.epsilon)
+
+
+def _tiles_of_parts(weight: Tensor) -> Tensor:
+    """(out, in) -> bfloat16 (out / 32, in / 32, parts, 2, 16, 16, 2): tiles of 32 in, in pairs, by 16 out."""
+    blocks = bfloat16_parts(weight).view(2, len(weight) // 32, 2, 16, -1, 16, 2)
+    return blocks.permute(1, 4, 0, 2, 5, 3, 6).contiguous()
 
 
 def _pairs(weight: Tensor) -> Tensor:
