@@ -43,29 +43,32 @@ struct ProductAmx {
   }
 };
 
-// Rows of two parts, [first, second], whose sum is meant: three of their four products, which share their tiles.
+// Numbers in two parts, whose sum is meant: three of their four products, which share their tiles. Queries are rows of
+// first parts, then of second ones; keys are tiles already: of 16 keys [depth / 32][2 parts][16][32] (split_keys in
+// dmv_fast/ops/split.py), which takes a fifth less time than rows far apart do.
 struct ProductAmxSplit : ProductAmx {
   static constexpr int64_t kDepthStep = 64;
 
   template <class Between>
   static void block(
-      const uint16_t* rows, int64_t stride, const uint16_t* queries, int64_t depth, float* logits, Between&& between) {
-    const int64_t part = depth / 2;
-    const int steps = static_cast<int>(part / 32);
+      const uint16_t* keys, int64_t stride, const uint16_t* queries, int64_t depth, float* logits, Between&& between) {
+    constexpr int kTileNumbers = 16 * 32;
+    const int steps = static_cast<int>(depth / kDepthStep);
+    const uint16_t* const second_queries = queries + depth / 2 * kTile;
     zero_sums();
-    for (int step = 0, group = 0, due = 0; step < steps; ++step) {
+    for (int step = 0, group = 0, due = 0; step < steps; ++step, keys += 2 * kTileNumbers) {
       const uint16_t* const query = queries + step * 32 * kTile;
-      const uint16_t* const row = rows + step * 32;
-      _tile_loadd(4, row + part, stride * 2);
+      const uint16_t* const second_query = second_queries + step * 32 * kTile;
+      _tile_loadd(4, keys + kTileNumbers, 64);
       _tile_loadd(6, query, kTile * 4);
       _tile_loadd(7, query + 32, kTile * 4);
-      _tile_loadd(5, row + part + 16 * stride, stride * 2);
+      _tile_loadd(5, keys + 16 * stride + kTileNumbers, 64);
       add_products();
-      _tile_loadd(4, row, stride * 2);
-      _tile_loadd(5, row + 16 * stride, stride * 2);
+      _tile_loadd(4, keys, 64);
+      _tile_loadd(5, keys + 16 * stride, 64);
       add_products();
-      _tile_loadd(6, query + part * kTile, kTile * 4);
-      _tile_loadd(7, query + part * kTile + 32, kTile * 4);
+      _tile_loadd(6, second_query, kTile * 4);
+      _tile_loadd(7, second_query + 32, kTile * 4);
       add_products();
       for (due += kGroups; due >= steps; due -= steps) between(group++);
     }

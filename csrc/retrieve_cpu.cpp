@@ -118,16 +118,24 @@ std::tuple<Tensor, Tensor> retrieve_cpu(
   return retrieve_by(kernel_for(chosen_isa(), dtype_of(query)), query, keys, k, valid, kMaxDepth);
 }
 
-// Float32 rows of length D as two bfloat16 parts side by side.
+// Float32 numbers as two bfloat16 parts: queries side by side, keys in tiles, see dmv_fast/ops/split.py.
 std::tuple<Tensor, Tensor> retrieve_split_cpu(
     const Tensor& query,  // [B, M, 2 D] bfloat16, D a multiple of 32, else as above
-    const Tensor& keys,   // [B, N, 2 D]
-    int64_t k, const std::optional<Tensor>& valid)
+    const Tensor& keys,   // [B, N, 2 D], N a multiple of 32 and contiguous along it
+    int64_t k,
+    const std::optional<Tensor>& valid)  // [B] int32, multiples of 32
 {
   STD_TORCH_CHECK(allowed(Isa::amx), "retrieve_split_cpu: this processor has no AMX");
   STD_TORCH_CHECK(
       query.scalar_type() == ScalarType::BFloat16 && query.dim() == 3 && query.size(2) % 64 == 0,
       "query: should be bfloat16 (B, M, 2 D), D a multiple of 32");
+  STD_TORCH_CHECK(
+      keys.dim() == 3 && keys.size(1) % 32 == 0 && keys.stride(1) == keys.size(2),
+      "keys: should be (B, N, 2 D), N a multiple of 32, without gaps between them");
+  if (valid && valid->scalar_type() == ScalarType::Int)
+    for (int64_t b = 0; b < valid->numel(); ++b)
+      STD_TORCH_CHECK(
+          static_cast<const int32_t*>(valid->const_data_ptr())[b] % 32 == 0, "valid: should be multiples of 32");
 #ifdef DMV_X86
   return retrieve_by(amx_split_kernel(), query, keys, k, valid, 2 * kMaxDepth);
 #else

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dmv_fast import FastDMVTracker
 from dmv_fast.model.dmv import DMV, DMVConfig
-from dmv_fast.ops.split import split_rows
+from dmv_fast.ops.split import split_keys
 from dmv_fast.runtime import convolution, load
 from dmv_fast.runtime.convolution import Convolution, amx_runs
 from dmv_fast.runtime.network import FastNetwork, PlainNetwork
@@ -172,17 +172,17 @@ def test_the_network_of_three_products_is_nearly_the_float32_one():
     crops = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
     crops = crops.repeat_interleave(8, 1).repeat_interleave(8, 2)
     exact = PlainNetwork(model, backend="reference")
-    keys, values = F.normalize(torch.randn(1, 700, 256), dim=-1), torch.randn(1, 700, 256)
+    keys, values = F.normalize(torch.randn(1, 704, 256), dim=-1), torch.randn(1, 704, 256)
     with torch.inference_mode():
         seen = exact.look(crops)
-        expected = exact.predict(seen, keys, values, 4, 700)
+        expected = exact.predict(seen, keys, values, 4, 704)
         projected = model.read.voting.value_in(values)
         errors = []
         for dtype in (torch.bfloat16, torch.float32):
             fast = FastNetwork(model, dtype=dtype, device=CPU, backend="auto", split=dtype == torch.float32)
             maps = fast.look(crops)
-            stored = split_rows(keys) if fast.key_width == 512 else keys.to(dtype)
-            found = fast.predict(maps, stored, projected.to(dtype), 4, 700)
+            stored = split_keys(keys) if fast.key_width == 512 else keys.to(dtype)
+            found = fast.predict(maps, stored, projected.to(dtype), 4, 704)
             errors.append((relative(maps[..., :256], seen), relative(found.deltas, expected.deltas)))
     assert errors[1][0] < 1e-4 and errors[1][1] < 2e-3
     assert errors[1][0] < 0.02 * errors[0][0] and errors[1][1] < 0.1 * errors[0][1]

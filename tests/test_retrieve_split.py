@@ -8,10 +8,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmv_fast import ops
-from dmv_fast.ops.split import bfloat16_parts, join_rows, retrieve_split, retrieve_split_reference, split_rows
+from dmv_fast.ops.split import (
+    bfloat16_parts,
+    join_keys,
+    retrieve_split,
+    retrieve_split_reference,
+    split_keys,
+    split_rows,
+)
 from dmv_fast.runtime.convolution import amx_runs
 
-SIZES = [(1, 256, 8192, 256), (2, 37, 333, 96), (1, 5, 3, 512)]
+SIZES = [(1, 256, 8192, 256), (2, 37, 352, 96), (1, 5, 32, 512)]
 needs_amx = pytest.mark.skipif(not amx_runs(), reason="no AMX in this processor, or no C++ extension")
 
 
@@ -20,20 +27,21 @@ def rows(*shape: int, length: float) -> Tensor:
 
 
 def test_two_parts_leave_a_hundred_thousandth():
-    x = torch.randn(3, 50, 64) * torch.logspace(-6, 6, 64)
-    assert ((join_rows(split_rows(x)) - x).abs() <= 2**-16 * x.abs()).all()
+    x = torch.randn(3, 48, 64) * torch.logspace(-6, 6, 64)
+    assert ((join_keys(split_keys(x)) - x).abs() <= 2**-16 * x.abs()).all()
+    assert torch.equal(split_rows(x).float().unflatten(-1, (2, 64)).sum(-2), join_keys(split_keys(x)))
     assert bfloat16_parts(x.bfloat16().float())[1].count_nonzero() == 0
 
 
 @needs_amx
 @pytest.mark.parametrize("k", [1, 4, 32])
 @pytest.mark.parametrize(
-    "batch, queries, keys, depth", [(1, 256, 8192, 256), (2, 37, 333, 96), (1, 5, 3, 512)]
+    "batch, queries, keys, depth", [(1, 256, 8192, 256), (2, 37, 352, 96), (1, 5, 32, 512)]
 )
 def test_equals_the_float32_retrieval(batch, queries, keys, depth, k):
     torch.manual_seed(k)
     query, memory = rows(batch, queries, depth, length=20), rows(batch, keys, depth, length=1)
-    scores, indices = retrieve_split(split_rows(query), split_rows(memory), k)
+    scores, indices = retrieve_split(split_rows(query), split_keys(memory), k)
     expected, columns = ops.retrieve(query, memory, k, backend="reference")
     torch.testing.assert_close(scores, expected, atol=1e-7, rtol=2e-4)
     agree = (indices == columns).float().mean()
@@ -46,18 +54,18 @@ def test_two_keys_that_bfloat16_cannot_tell_apart():
     depth = 64
     query = torch.zeros(1, 1, depth)
     query[..., 0] = 16
-    memory = torch.zeros(1, 3, depth)
-    memory[0, :, 0] = torch.tensor([1.0, 1.0 + 2**-10, 1.0 - 2**-10])
-    assert len(memory.bfloat16()[0, :, 0].unique()) == 1
-    _, indices = retrieve_split(split_rows(query), split_rows(memory), 3)
+    memory = torch.zeros(1, 32, depth)
+    memory[0, :3, 0] = torch.tensor([1.0, 1.0 + 2**-10, 1.0 - 2**-10])
+    assert len(memory.bfloat16()[0, :3, 0].unique()) == 1
+    _, indices = retrieve_split(split_rows(query), split_keys(memory), 3)
     assert indices.flatten().tolist() == [1, 0, 2]
 
 
 @needs_amx
 def test_valid_keys_alone_count_and_threads_change_nothing():
     torch.manual_seed(0)
-    query, memory = split_rows(rows(2, 70, 64, length=10)), split_rows(rows(2, 500, 64, length=1))
-    valid = torch.tensor([130, 0], dtype=torch.int32)
+    query, memory = split_rows(rows(2, 70, 64, length=10)), split_keys(rows(2, 512, 64, length=1))
+    valid = torch.tensor([160, 0], dtype=torch.int32)
     before, answers = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
@@ -67,21 +75,24 @@ def test_valid_keys_alone_count_and_threads_change_nothing():
         torch.set_num_threads(before)
     scores, indices = answers[0]
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
-    assert indices[0].max() < 130 and (indices[1] == -1).all()
+    assert indices[0].max() < 160 and (indices[1] == -1).all()
     expected = retrieve_split_reference(query, memory, 4, valid)
     torch.testing.assert_close(scores, expected[0], atol=1e-7, rtol=1e-4)
-    cut = retrieve_split(query[:1], memory[:1], 4, valid=130)
+    cut = retrieve_split(query[:1], memory[:1], 4, valid=160)
     assert torch.equal(cut[0], scores[:1]) and torch.equal(cut[1], indices[:1])
     assert (retrieve_split(query, memory, 4, valid=0)[1] == -1).all()
 
 
 @needs_amx
 def test_wrong_rows_are_refused():
-    query, memory = split_rows(rows(1, 4, 64, length=1)), split_rows(rows(1, 9, 64, length=1))
+    query, memory = split_rows(rows(1, 4, 64, length=1)), split_keys(rows(1, 64, 64, length=1))
     for bad in (query.float(), query[..., :96], query[0]):
         with pytest.raises(RuntimeError, match="query: should be bfloat16 .B, M, 2 D., D a multiple of 32"):
             retrieve_split(bad, memory, 4)
-    with pytest.raises(RuntimeError, match="keys: should be"):
-        retrieve_split(query, memory[..., :64], 4)
+    for bad in (memory[:, :40], memory[..., :64], memory[:, ::2]):
+        with pytest.raises(RuntimeError, match="keys: should be .B, N, 2 D., N a multiple of 32"):
+            retrieve_split(query, bad, 4)
+    with pytest.raises(RuntimeError, match="valid: should be multiples of 32"):
+        retrieve_split(query, memory, 4, valid=torch.tensor([40], dtype=torch.int32))
     with pytest.raises(RuntimeError, match="k: should be 1..32"):
         retrieve_split(query, memory, 33)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dmv_fast.model.dmv import DMV, Prediction
+from dmv_fast.ops.split import join_keys, split_keys
 from dmv_fast.runtime.network import Network
 from dmv_fast.runtime.precision import fast_dtype
 from dmv_fast.runtime.trunk import Trunk
@@ -34,7 +35,10 @@ class WithoutBackground:
         best = scores.flatten(1).argmax(1)
         boxes = self.model.decode(deltas.float()).flatten(1, 3)
         inside = inside_box(self.model, boxes[torch.arange(len(best)), best])[..., None]  # (B, M, 1)
-        return keys if self._wipe == "values" else keys * inside, values * inside
+        if self._wipe == "all":
+            in_tiles = self.key_width > self.model.config.key_dim
+            keys = split_keys(join_keys(keys) * inside) if in_tiles else keys * inside
+        return keys, values * inside
 
 
 def inside_box(model: DMV, box: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dmv_fast import ops
 from dmv_fast.model.dmv import DMV, Prediction
 from dmv_fast.model.head import BoxHead
 from dmv_fast.model.memory import ValueEncoder
-from dmv_fast.ops.split import retrieve_split, split_rows
+from dmv_fast.ops.split import retrieve_split, split_keys, split_rows
 from dmv_fast.runtime.convolution import Convolution, run_chain
 from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.rows import Projection, with_length
@@ -147,7 +147,7 @@ class FastNetwork:
         soft = torch.cat([scores, deltas.flatten(1, 2)], 1).permute(0, 2, 3, 1).to(self.dtype)
         values = self._encoder(torch.cat([features, soft], -1).permute(0, 3, 1, 2))
         keys = self._unit(features.flatten(1, 2), 1.0)
-        return split_rows(keys) if self._split_keys else keys, values
+        return split_keys(keys) if self._split_keys else keys, values
 
     def _unit(self, rows: Tensor, length: float | None) -> Tensor:
         """rows (B, M, D) at that length ("cosine"), or as they are (None for "dot")."""
