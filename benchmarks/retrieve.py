@@ -2,6 +2,7 @@
 
     python benchmarks/retrieve.py              all sizes and K, results into benchmarks/results/
     python benchmarks/retrieve.py --quick      256 x 8192 alone, K = 4 and 32, nothing written
+    python benchmarks/retrieve.py --sizes 256x4096 -k 8      these alone, written only with --output FOLDER
     python benchmarks/retrieve.py --memory     peak memory of one call instead of times
 
 What is compared, all on the same bfloat16 numbers (FAISS and KeOps on their float32 copies):
@@ -236,6 +237,14 @@ def folder_of(facts: dict[str, object]) -> str:
     return name if gpu else f"{name}-{facts['threads']}-threads"
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """MxN as two numbers above 0; ArgumentTypeError for anything else."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be MxN, queries x keys, such as 256x8192, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
     import matplotlib
 
@@ -253,7 +262,8 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
             axis.plot(*zip(*line, strict=True), marker="o", linewidth=3 if name == "ours" else 1, label=name)
         axis.set(xscale="log", yscale="log", xlabel="K", ylabel="median ms")
         axis.set_title(f"{m} x {n} x {DEPTH}, {cache}")
-        axis.set_xticks(KS, [str(k) for k in KS])
+        ks = sorted({row["k"] for row in here})
+        axis.set_xticks(ks, [str(k) for k in ks])
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=len(labels), loc="outside lower center")
@@ -308,11 +318,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument(
+        "--sizes", type=parse_size, nargs="+", metavar="MxN", help="queries x keys, these alone"
+    )
+    parser.add_argument("-k", type=int, nargs="+", metavar="K", choices=range(1, 33), help="these alone")
     parser.add_argument("--rounds", type=int, default=8, help="turns of each contender, for each size and K")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--no-peers", action="store_true", help="without compiled, faiss and keops")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="folder of the results (benchmarks/results)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -323,9 +337,13 @@ def main() -> None:
     print(json.dumps(facts))
     rows: list[dict[str, object]] = []
     gpu = options.device == "cuda"
-    folder = options.output / folder_of(facts)
-    for m, n in (GPU_SIZES if gpu else SIZES)[: 1 if options.quick else None]:
-        for k in (4, 32) if options.quick else GPU_KS if gpu else KS:
+    folder = (options.output or RESULTS) / folder_of(facts)
+    chosen = options.sizes or options.k  # a part, with which the whole's results are not overwritten
+    written = not options.quick and (options.output is not None or not chosen)
+    sizes = options.sizes or (GPU_SIZES if gpu else SIZES)[: 1 if options.quick else None]
+    ks = options.k or ((4, 32) if options.quick else GPU_KS if gpu else KS)
+    for m, n in sizes:
+        for k in ks:
             peers = not options.no_peers and (k == 4 or not gpu)  # compiling for each K would take minutes
             for cache in ("warm", "cold") if gpu else ("warm",):
                 if gpu:
@@ -335,9 +353,9 @@ def main() -> None:
                 times = measure(calls, options.rounds, options.device)
                 rows += rows_of(m, n, k, cache, times)
                 show(rows[-len(times) :])
-            if not options.quick:  # as it comes, so that what was measured is not lost
+            if written:  # as it comes, so that what was measured is not lost
                 save(rows, facts, folder)
-    if options.quick:
+    if not written:
         return None
     draw(rows, folder / "retrieve.png", f"{facts['device']}, {facts['backend']}, {facts['threads']} threads")
     print(f"written to {folder}")

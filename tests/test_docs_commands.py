@@ -5,8 +5,11 @@ Where a command is run by another file's test, or cannot be run by a test, its n
 
 from __future__ import annotations
 
+import argparse
+import csv
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -34,15 +37,11 @@ ELSEWHERE = {
     r"python -m benchmarks.ablations": "test_ablations.py",
     r"python benchmarks/tune.py": "test_tune.py",
     r"python benchmarks/triton_static.py": "test_triton_aot.py",
-    r"python benchmarks/cuda_static.py": "test_cuda_compile.py",
-    r"pytest benchmarks": "it takes minutes; it is benchmarks/test_benchmarks.py",
     r"rerun out.rrd": "it is another program's window; test_rerun.py reads the file",
-    r"ray start": "test_ray.py",
     r"cat RUN": "test_a_checkpoint_in_pieces",
     r"split ": "test_a_checkpoint_in_pieces",
     r"dmv-fast track 0 --select": "it needs a camera and a person",
     r"dmv-fast track .*--view": "test_view.py",
-    r"python benchmarks/retrieve.py": "it takes ten minutes",
     r"torchrun ": "test_training.py runs two processes of it",
 }
 
@@ -143,6 +142,8 @@ KINDS = {
     "train": r"dmv-fast train ",
     "detached": r"nohup ",
     "script": r"python benchmarks/fast_vs_reference",
+    "retrieval": r"python benchmarks/retrieve",
+    "benchmarks": r"pytest benchmarks",
     "python": r"python -[cm] (?!benchmarks)",
     "make": r"make ",
 }
@@ -155,6 +156,7 @@ def test_every_command_is_somebodys():
         assert bool(where) != bool(mine), f"nobody runs (or two do): {line}"
         for name in re.findall(r"test_\w+\.py", where or ""):
             assert list(ROOT.glob(f"*/{name}")), name
+    assert not [pattern for pattern in ELSEWHERE if not any(re.match(pattern, line) for line in LINES)]
 
 
 @lines(KINDS["track"])
@@ -251,6 +253,68 @@ def test_train_detached(line, desk):
 @lines(KINDS["script"])
 def test_script(line, desk):
     assert run([sys.executable, *shlex.split(line)[1:]])
+
+
+@lines(KINDS["retrieval"])
+def test_retrieval(line, desk, monkeypatch, capsys):
+    """Small; of the peers, what takes half a minute to compile is left out or not compiled."""
+    pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "dmv-fast[bench]"')
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setitem(sys.modules, "pykeops", None)
+    small = "--device cpu --sizes 16x64 32x64 -k 1 4 --rounds 1 --output OUT"
+    monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], *small.split()])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    (table,) = (desk / "OUT").glob("*/retrieve.csv")
+    with table.open(newline="") as file:
+        measured = {(row["m"], row["n"], row["k"], row["what"]) for row in csv.DictReader(file)}
+    for what in ("ours", "product", "plain", "product+topk", "compiled"):
+        assert {(m, "64", k, what) for m in ("16", "32") for k in "14"} <= measured
+    assert "keops: left out" in capsys.readouterr().out
+    assert table.with_suffix(".json").is_file() and table.with_suffix(".png").is_file()
+
+
+@lines(KINDS["benchmarks"])
+def test_benchmarks(line, desk):
+    """The quick ones of them, a round each."""
+    pytest.importorskip("pytest_benchmark", reason='needs pytest-benchmark: pip install "dmv-fast[bench]"')
+    few = "-k test_retrieve -p no:cacheprovider --benchmark-min-rounds 1 --benchmark-max-time 0"
+    said = run([sys.executable, "-m", *shlex.split(line), *few.split()], cwd=ROOT)
+    assert "2 passed" in said and "Rounds" in said
+
+
+class Parsed(Exception):
+    """Raised in place of what a script does with its arguments."""
+
+
+SCRIPT_LINES = [line for line in LINES if elsewhere(line) and re.match(r"python (-m )?benchmarks", line)]
+
+
+@pytest.mark.parametrize("line", SCRIPT_LINES)
+def test_a_script_takes_the_arguments(line, monkeypatch):
+    """As they are written, up to the work itself, which another file tests with smaller ones."""
+    if "triton" in line:
+        pytest.importorskip("triton")
+    parse = argparse.ArgumentParser.parse_args
+
+    def only_parse(*given):
+        raise Parsed(parse(*given))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    monkeypatch.setattr(sys, "setrecursionlimit", lambda _: None)
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)[1:]
+    module = words[0] == "-m"
+    monkeypatch.setattr(sys, "argv", words[1:] if module else words)
+    start = runpy.run_module if module else runpy.run_path
+    with pytest.raises(Parsed):
+        start(sys.argv[0], run_name="__main__")
+
+
+def test_scripts_that_are_named_without_a_command_are_there():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+\.py)`", page)
+    assert named and all((ROOT / "benchmarks" / name).is_file() for name in named)
 
 
 @lines(KINDS["python"])

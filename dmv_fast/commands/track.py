@@ -325,6 +325,9 @@ def select_box(frame: np.ndarray) -> Box:
         raise ValueError("--select needs a display, and OpenCV can open no window here; give --box X,Y,W,H")
     import cv2
 
+    from dmv_fast.vision.x11 import leave_events_to_qt
+
+    leave_events_to_qt()
     scale = min(1.0, _SELECT_SIDE / max(frame.shape[:2]))
     shown = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     title = "Draw the box, then Enter (c: cancel)"
@@ -341,5 +344,6 @@ def _has_display() -> bool:
     """Whether a window opens: tried in a child, because without a display Qt aborts the whole process."""
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return False
-    probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('dmv-fast'); cv2.destroyAllWindows()"]
+    script = "import cv2; cv2.namedWindow('is there a display?'); cv2.destroyAllWindows()"
+    probe = [sys.executable, "-c", script]
     return subprocess.run(probe, capture_output=True, timeout=30, check=False).returncode == 0

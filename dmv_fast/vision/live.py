@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from dmv_fast.insight import Candidate, Watch
 from dmv_fast.vision.draw import candidate_panel, draw_box, draw_square, text_bar
+from dmv_fast.vision.x11 import leave_events_to_qt
 
 Box = tuple[float, float, float, float]
 TITLE = "dmv-fast"
@@ -34,6 +35,7 @@ class LiveWindow:
         self._to_print = False
         self._scale = 1.0
         self._shape = (0, 0)
+        leave_events_to_qt()
         # Without Qt's own toolbar, whose zooming would shift where a click lands.
         cv2.namedWindow(TITLE, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
         cv2.setMouseCallback(TITLE, self._on_mouse)
