@@ -34,7 +34,7 @@ class TrackerConfig:
     """How the box is chosen."""
     found_score: float = 0.3
     """Below this centre score the target is lost: the box stays where it was and nothing is remembered."""
-    refound_score: float = 0.65
+    refound_score: float = 0.5
     """The centre score at which a lost target is found again. More than staying found takes: while a target
     is out of sight its like is seen at many places, and one that is believed is not left again."""
     search_home: int = 3
