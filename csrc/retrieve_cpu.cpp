@@ -55,6 +55,13 @@ RetrieveTiles kernel_for(Isa isa, Dtype dtype) {
   return generic_kernel(dtype);
 }
 
+RetrieveTiles split_kernel() {
+#ifdef DMV_X86
+  if (allowed(Isa::amx)) return amx_split_kernel();
+#endif
+  return nullptr;
+}
+
 std::tuple<Tensor, Tensor> retrieve_by(
     RetrieveTiles kernel, const Tensor& query, const Tensor& keys, int64_t k, const std::optional<Tensor>& valid,
     int64_t most_depth) {
@@ -125,7 +132,8 @@ std::tuple<Tensor, Tensor> retrieve_split_cpu(
     int64_t k,
     const std::optional<Tensor>& valid)  // [B] int32, multiples of 32
 {
-  STD_TORCH_CHECK(allowed(Isa::amx), "retrieve_split_cpu: this processor has no AMX");
+  const RetrieveTiles kernel = split_kernel();
+  STD_TORCH_CHECK(kernel, "retrieve_split_cpu: this processor has no AMX");
   STD_TORCH_CHECK(
       query.scalar_type() == ScalarType::BFloat16 && query.dim() == 3 && query.size(2) % 64 == 0,
       "query: should be bfloat16 (B, M, 2 D), D a multiple of 32");
@@ -136,11 +144,7 @@ std::tuple<Tensor, Tensor> retrieve_split_cpu(
     for (int64_t b = 0; b < valid->numel(); ++b)
       STD_TORCH_CHECK(
           static_cast<const int32_t*>(valid->const_data_ptr())[b] % 32 == 0, "valid: should be multiples of 32");
-#ifdef DMV_X86
-  return retrieve_by(amx_split_kernel(), query, keys, k, valid, 2 * kMaxDepth);
-#else
-  return {};
-#endif
+  return retrieve_by(kernel, query, keys, k, valid, 2 * kMaxDepth);
 }
 
 // What DMV_FAST_CPU_ISA may name on this machine, the fastest first.
