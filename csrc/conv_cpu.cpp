@@ -48,7 +48,7 @@ void run(Convolving& c) {
 }
 
 void convolve_cpu(
-    const Tensor& x,       // [B, H, W, C_in] bfloat16, or float32 for three products
+    const Tensor& x,       // [B, H, W, C_in] bfloat16, or float32 for two or three products
     const Tensor& weight,  // packed, bfloat16, in one part or, for float32, in two; see convolution.py
     const Tensor& scale,   // [C_out] float32, as bias
     const Tensor& bias,
@@ -56,7 +56,7 @@ void convolve_cpu(
     bool add,              // to what is in out
     bool relu, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t groups)
 {
-  STD_TORCH_CHECK(convolve_cpu_runs(), "convolve_cpu: this processor has no AMX");
+  STD_TORCH_CHECK(convolve_cpu_runs(), "convolve_cpu: this processor has no AMX, or DMV_FAST_CPU_ISA names something else");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: should be (B, H, W, C)");
   STD_TORCH_CHECK(
       kernel >= 1 && stride >= 1 && padding >= 0 && dilation >= 1 && groups >= 1,

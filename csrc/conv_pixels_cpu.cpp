@@ -16,12 +16,12 @@ using torch::stable::Tensor;
 
 void convolve_pixels_cpu(
     const Tensor& crops,   // [B, H, W, 3] uint8
-    const Tensor& weight,  // packed, bfloat16, with as many parts as out asks for; see trunk.py
+    const Tensor& weight,  // packed, bfloat16, with as many parts as out asks for; see pixels.py
     const Tensor& bias,    // [C] float32
     const Tensor& mean,    // [3] float32
     Tensor out)            // [B, H / 4, W / 4, C] bfloat16, or float32 for weights in two parts
 {
-  STD_TORCH_CHECK(convolve_cpu_runs(), "convolve_pixels_cpu: this processor has no AMX");
+  STD_TORCH_CHECK(convolve_cpu_runs(), "convolve_pixels_cpu: this processor has no AMX, or DMV_FAST_CPU_ISA names something else");
   STD_TORCH_CHECK(
       crops.dim() == 4 && crops.size(1) % 4 == 0 && crops.size(2) % 64 == 0 && crops.size(3) == 3,
       "crops: should be (B, H, W, 3), H a multiple of 4 and W of 64");

@@ -64,7 +64,7 @@ RetrieveTiles split_kernel() {
 
 std::tuple<Tensor, Tensor> retrieve_by(
     RetrieveTiles kernel, const Tensor& query, const Tensor& keys, int64_t k, const std::optional<Tensor>& valid,
-    int64_t most_depth) {
+    int64_t most_depth, int64_t together) {
   STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query, keys: should be (B, M, D) and (B, N, D)");
   const int64_t batches = query.size(0);
   Retrieval call;
@@ -93,7 +93,9 @@ std::tuple<Tensor, Tensor> retrieve_by(
         "valid: should be int32 (B,)");
     call.valid = static_cast<const int32_t*>(valid->const_data_ptr());
     for (int64_t b = 0; b < batches; ++b)
-      STD_TORCH_CHECK(call.valid[b] >= 0 && call.valid[b] <= call.count, "valid: should lie in 0..N");
+      STD_TORCH_CHECK(
+          call.valid[b] >= 0 && call.valid[b] <= call.count && call.valid[b] % together == 0,
+          "valid: should lie in 0..N, multiples of ", together);
   }
 
   Tensor scores = torch::stable::new_empty(query, {batches, call.queries, k}, ScalarType::Float);
@@ -122,7 +124,7 @@ std::tuple<Tensor, Tensor> retrieve_cpu(
     int64_t k,
     const std::optional<Tensor>& valid)  // [B] int32
 {
-  return retrieve_by(kernel_for(chosen_isa(), dtype_of(query)), query, keys, k, valid, kMaxDepth);
+  return retrieve_by(kernel_for(chosen_isa(), dtype_of(query)), query, keys, k, valid, kMaxDepth, 1);
 }
 
 // Float32 numbers as two bfloat16 parts: queries side by side, keys in tiles, see dmv_fast/ops/split.py.
@@ -133,18 +135,14 @@ std::tuple<Tensor, Tensor> retrieve_split_cpu(
     const std::optional<Tensor>& valid)  // [B] int32, multiples of 32
 {
   const RetrieveTiles kernel = split_kernel();
-  STD_TORCH_CHECK(kernel, "retrieve_split_cpu: this processor has no AMX");
+  STD_TORCH_CHECK(kernel, "retrieve_split_cpu: this processor has no AMX, or DMV_FAST_CPU_ISA names something else");
   STD_TORCH_CHECK(
       query.scalar_type() == ScalarType::BFloat16 && query.dim() == 3 && query.size(2) % 64 == 0,
       "query: should be bfloat16 (B, M, 2 D), D a multiple of 32");
   STD_TORCH_CHECK(
       keys.dim() == 3 && keys.size(1) % 32 == 0 && keys.stride(1) == keys.size(2),
       "keys: should be (B, N, 2 D), N a multiple of 32, without gaps between them");
-  if (valid && valid->scalar_type() == ScalarType::Int)
-    for (int64_t b = 0; b < valid->numel(); ++b)
-      STD_TORCH_CHECK(
-          static_cast<const int32_t*>(valid->const_data_ptr())[b] % 32 == 0, "valid: should be multiples of 32");
-  return retrieve_by(kernel, query, keys, k, valid, 2 * kMaxDepth);
+  return retrieve_by(kernel, query, keys, k, valid, 2 * kMaxDepth, 32);
 }
 
 // What DMV_FAST_CPU_ISA may name on this machine, the fastest first.

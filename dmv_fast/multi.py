@@ -16,7 +16,7 @@ class MultiTracker:
     Args:
         weights, k, device, dtype, backend, config: as for FastDMVTracker.
         capacity: how many targets there may be at a time; the memory for all is allocated at once
-            (DMV18 in bfloat16: 5 MB a target at 32 frames).
+            (DMV18: 10 MB a target at 32 frames, in bfloat16 5).
     """
 
     def __init__(

@@ -35,9 +35,7 @@ def test_two_parts_leave_a_hundred_thousandth():
 
 @needs_amx
 @pytest.mark.parametrize("k", [1, 4, 32])
-@pytest.mark.parametrize(
-    "batch, queries, keys, depth", [(1, 256, 8192, 256), (2, 37, 352, 96), (1, 5, 32, 512)]
-)
+@pytest.mark.parametrize("batch, queries, keys, depth", SIZES)
 def test_equals_the_float32_retrieval(batch, queries, keys, depth, k):
     torch.manual_seed(k)
     query, memory = rows(batch, queries, depth, length=20), rows(batch, keys, depth, length=1)
@@ -92,7 +90,13 @@ def test_wrong_rows_are_refused():
     for bad in (memory[:, :40], memory[..., :64], memory[:, ::2]):
         with pytest.raises(RuntimeError, match="keys: should be .B, N, 2 D., N a multiple of 32"):
             retrieve_split(query, bad, 4)
-    with pytest.raises(RuntimeError, match="valid: should be multiples of 32"):
-        retrieve_split(query, memory, 4, valid=torch.tensor([40], dtype=torch.int32))
+    for bad in ([40], [-32], [96]):
+        with pytest.raises(RuntimeError, match="valid: should lie in 0..N, multiples of 32"):
+            retrieve_split(query, memory, 4, valid=torch.tensor(bad, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="valid: should be int32"):
+        retrieve_split(query, memory, 4, valid=torch.tensor([32], dtype=torch.int32).expand(9))
+    for bad in (-32, 96):
+        with pytest.raises(ValueError, match=f"valid: is {bad}, it should be 0..64"):
+            retrieve_split(query, memory, 4, valid=bad)
     with pytest.raises(RuntimeError, match="k: should be 1..32"):
         retrieve_split(query, memory, 33)

@@ -54,6 +54,15 @@ def test_weights_of_convolutions_are_bfloat16_numbers(tmp_path):
     assert torch.equal(load_model(path).state_dict()["head.centre.0.weight"], weight)
 
 
+@pytest.mark.parametrize("name", sorted(store.known()))
+def test_convolutions_of_the_shipped_ones_are_bfloat16_numbers(name):
+    """So that float32 of two parts takes two products, as README's figures have it."""
+    if store.known()[name] is None:
+        pytest.skip(f"{name} is not here")
+    weights = {key: tensor for key, tensor in load_model(name).state_dict().items() if tensor.ndim == 4}
+    assert [key for key, w in weights.items() if not torch.equal(w, w.bfloat16().float())] == []
+
+
 def test_unknown_name_lists_the_shipped_ones():
     with pytest.raises(CheckpointError, match="'dmv99'"):
         load_model("dmv99")

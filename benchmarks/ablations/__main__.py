@@ -64,7 +64,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--steps", type=int, default=readers.RECIPE.steps)
     tracking.add_argument("--dev", type=Path, required=True, help="folder of sequences, any known layout")
     tracking.add_argument("--sequences", nargs="+", help="only these of --dev")
-    tracking.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the fastest")
+    dtypes = ("float32", "bfloat16", "bfloat16x3")
+    tracking.add_argument("--dtype", choices=dtypes, help="default: what auto is")
     tracking.add_argument(
         "--compare", nargs="+", default=[], metavar="NAME=FILE",
         help="other checkpoints, compared with the first of them (grid 16 and 32 of one recipe, say)",

@@ -8,9 +8,12 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from benchmarks.ablations.networks import HalfPlain, WithoutBackground
 from dmv_fast.evaluation.datasets import Sequence
 from dmv_fast.runtime.load import make_frame_step
+from dmv_fast.runtime.precision import fast_dtype
 from dmv_fast.tracker import FastDMVTracker, TrackerConfig
 from dmv_fast.weights import find, load_model, sha256
 
@@ -45,8 +48,9 @@ class Setting:
 
     def record(self) -> dict[str, object]:
         """All that its results depend on."""
+        dtype = str(fast_dtype(torch.device("cpu"))).removeprefix("torch.") if self.plain else self.dtype
         return {
-            "sha256": _sum(self.weights), "dtype": self.dtype, "k": self.k, "config": asdict(self.config),
+            "sha256": _sum(self.weights), "dtype": dtype, "k": self.k, "config": asdict(self.config),
             "wipe": self.wipe, "plain": self.plain,
         }  # fmt: skip
 

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from dmv_fast.evaluation import speed, speed_report
+    from dmv_fast.runtime.network import FastNetwork
     from dmv_fast.runtime.precision import fast_precision
 
     sections = _sections(args)
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     network = bench.frame_step(base).network
     facts = speed_report.machine(network.device)
     dtype = fast_precision(network.device) if args.dtype == "auto" else args.dtype
+    dtype = dtype if isinstance(network, FastNetwork) else "float32"
     facts |= {"clip": bench.clip.name, "dtype": dtype, "timed": speed_report.TIMED}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
     for section in sections:

@@ -27,6 +27,7 @@ from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.multi import MultiTracker
 from dmv_fast.runtime.frame import FrameStep
+from dmv_fast.runtime.precision import fast_precision
 from dmv_fast.tracker import FastDMVTracker, TrackerConfig, frame_step_for
 from dmv_fast.vision.crop import search_window
 from dmv_fast.weights import save_model
@@ -223,11 +224,14 @@ class Bench:
         self._compare("network", settings)
 
     def path(self) -> None:
-        """The fast path against the plain reference."""
+        """The fast path against itself in other number formats, and against the plain reference."""
+        dtype = self.base.dtype
+        if dtype == "auto":
+            dtype = fast_precision(self.frame_step(self.base).network.device)
+        others = [other for other in ("bfloat16", "float32") if other != dtype]
         settings = {
             "fast": self.base,
-            "fast bfloat16": replace(self.base, dtype="bfloat16"),
-            "fast float32": replace(self.base, dtype="float32"),
+            **{f"fast {other}": replace(self.base, dtype=other) for other in others},
             "reference": replace(self.base, dtype="float32", backend="reference"),
         }
         self._compare("path", settings)

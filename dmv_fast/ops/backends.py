@@ -60,6 +60,13 @@ def available_backends(device_type: str) -> dict[str, str | None]:
     return {backend: _problem(backend, device_type) for backend in BACKENDS}
 
 
+def cpu_kernel_runs(name: str) -> bool:
+    """Whether an operator that only some processors have, dmv_fast::NAME, runs here (NAME_runs says so)."""
+    if _problem("cpu", "cpu") is not None or not hasattr(torch.ops.dmv_fast, name):
+        return False
+    return getattr(torch.ops.dmv_fast, f"{name}_runs")()
+
+
 @functools.cache
 def fastest_backend(device_type: str) -> str:
     """The backend that ``auto`` means; warns, once, where that is not the device's fastest."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmv_fast.ops.backends import check_backend
 from dmv_fast.ops.retrieve import retrieve_reference
 
 
@@ -63,9 +64,13 @@ def retrieve_split(
     valid: how many leading keys exist, None (all), an int, or an int32 tensor (B,), multiples of 32. Returns
     scores (B, M, k) float32 and indices (B, M, k) int32, as retrieve.
 
-    Raises RuntimeError naming the argument that is not so, or where the processor has no AMX.
+    Raises ValueError for valid or where the C++ extension is not there, RuntimeError naming another argument
+    or where the processor has no AMX.
     """
+    check_backend("cpu", query.device.type)
     if isinstance(valid, int):
+        if not 0 <= valid <= keys.shape[1]:
+            raise ValueError(f"valid: is {valid}, it should be 0..{keys.shape[1]}, the number of keys")
         keys, valid = keys[:, :valid], None
     if keys.shape[1] == 0:
         return retrieve_split_reference(query, keys, k, valid)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmv_fast.ops import available_backends
+from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.ops.split import bfloat16_parts
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.fold import norm_line, scaled
@@ -26,12 +26,9 @@ def onednn_packs_weights() -> bool:
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, n) for n in names)
 
 
-@functools.cache
 def amx_runs() -> bool:
     """Whether the convolution of our own runs here (csrc/conv_amx.cpp): on processors with AMX."""
-    if available_backends("cpu")["cpu"] is not None or not hasattr(torch.ops.dmv_fast, "convolve_cpu"):
-        return False
-    return torch.ops.dmv_fast.convolve_cpu_runs()
+    return cpu_kernel_runs("convolve_cpu")
 
 
 class Convolution:

@@ -1,4 +1,4 @@
-"""Linear algebra done once at load: batch norm into convolutions, the voting net's matrices into each other.
+"""Linear algebra done once at load: batch norm to scale and bias, the voting net's matrices into each other.
 
 Everything is computed in float64 and returned in float32. Each fold is an identity, so the fast path equals
 the reference within rounding.

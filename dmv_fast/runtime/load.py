@@ -28,8 +28,8 @@ def load_network(weights: str, device: torch.device, dtype: str, backend: str) -
     precision = precision_of(dtype, device)
     if precision.split and not (device.type == "cpu" and amx_runs()):
         raise ValueError(
-            f"dtype 'bfloat16x3' does not run on {device}: it needs a CPU with AMX and the C++ extension; "
-            "take 'float32', or 'auto'"
+            f"dtype 'bfloat16x3' does not run on {device}: it needs a CPU with AMX (which DMV_FAST_CPU_ISA"
+            " may rule out) and the C++ extension; take 'float32', or 'auto'"
         )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

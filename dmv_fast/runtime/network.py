@@ -13,7 +13,7 @@ from dmv_fast.model.dmv import DMV, Prediction
 from dmv_fast.model.head import BoxHead
 from dmv_fast.model.memory import ValueEncoder
 from dmv_fast.ops.split import retrieve_split, split_keys, split_rows
-from dmv_fast.runtime.convolution import Convolution, run_chain
+from dmv_fast.runtime.convolution import Convolution, amx_runs, run_chain
 from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.rows import Projection, with_length
 from dmv_fast.runtime.trunk import Trunk
@@ -83,7 +83,8 @@ class FastNetwork:
         where = {"dtype": dtype, "device": device}
         weights = fold_vote(model.read)
         self.value_width = weights.value_in.shape[0]
-        self._split_keys = split and model.config.key_dim % 32 == 0 and backend in ("auto", "cpu")
+        wanted = split and backend in ("auto", "cpu")
+        self._split_keys = wanted and model.config.key_dim % 32 == 0 and amx_runs()
         self.key_width = model.config.key_dim * (2 if self._split_keys else 1)
         self.key_dtype = torch.bfloat16 if self._split_keys else dtype
         self._trunk = Trunk(model.backbone, split=split, **where)
@@ -145,6 +146,7 @@ class FastNetwork:
         features = maps[..., : self.model.config.key_dim]
         scores = scores.masked_fill(scores < ValueEncoder.score_floor, 0.0)
         soft = torch.cat([scores, deltas.flatten(1, 2)], 1).permute(0, 2, 3, 1).to(self.dtype)
+        soft = F.pad(soft, (0, -(features.shape[-1] + soft.shape[-1]) % 32))
         values = self._encoder(torch.cat([features, soft], -1).permute(0, 3, 1, 2))
         keys = self._unit(features.flatten(1, 2), 1.0)
         return split_keys(keys) if self._split_keys else keys, values
@@ -181,13 +183,18 @@ def _block_diagonal(a: nn.Conv2d, b: nn.Conv2d) -> tuple[Tensor, Tensor]:
 
 
 class _Encoder:
-    """ValueEncoder with the voting net's projection to C behind it: (B, D + 5 A, H, W) -> (B, M, C)."""
+    """ValueEncoder with the voting net's projection to C behind it: (B, D + 5 A, H, W) -> (B, M, C).
+
+    Of x the channels are filled up to 32s, the matrix units' measure.
+    """
 
     def __init__(self, encoder: ValueEncoder, value_in: Tensor, *, split: bool = False, **where):
         conv, norm = encoder.conv2, encoder.norm
         # The layer norm's mean is taken out of the convolution, its scale and shift go into the projection.
         centred = conv.weight - conv.weight.mean(0), conv.bias - conv.bias.mean()
-        first = Convolution.of(encoder.conv1, relu=True, split=split, **where)
+        conv1 = encoder.conv1
+        weight = F.pad(conv1.weight, (0, 0, 0, 0, 0, -conv1.in_channels % 32))
+        first = Convolution(weight, conv1.bias, relu=True, padding=conv1.padding[0], split=split, **where)
         second = Convolution(*centred, relu=False, padding=conv.padding[0], split=split, **where)
         self._convolutions = [first, second]
         self._projection = Projection(value_in * norm.weight, value_in @ norm.bias, epsilon=norm.eps, **where)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmv_fast.ops import available_backends
+from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.ops.split import bfloat16_parts
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.fold import VoteWeights
@@ -55,20 +55,14 @@ def fused_vote(
         from dmv_fast.kernels.vote import make_vote
 
         return make_vote(weights, dtype, device)
-    if half and dtype == torch.bfloat16 and device.type == "cpu" and _cpu_kernel_runs("vote_cpu"):
+    if half and dtype == torch.bfloat16 and device.type == "cpu" and cpu_kernel_runs("vote_cpu"):
         run = _cpu_vote(weights)
-    elif fits and split and not half and device.type == "cpu" and _cpu_kernel_runs("vote_split_cpu"):
+    elif fits and split and not half and device.type == "cpu" and cpu_kernel_runs("vote_split_cpu"):
         run = _split_vote(weights)
     else:
         local = VoteWeights(*(w.to(device, dtype) for w in weights[:-1]), epsilon=weights.epsilon)
         run = functools.partial(vote_plain, weights=local)
     return lambda rows, out: out.copy_(run(rows))
-
-
-def _cpu_kernel_runs(name: str) -> bool:
-    if available_backends("cpu")["cpu"] is not None or not hasattr(torch.ops.dmv_fast, name):
-        return False
-    return getattr(torch.ops.dmv_fast, f"{name}_runs")()
 
 
 def _cpu_vote(weights: VoteWeights) -> Callable[[Tensor], Tensor]:
