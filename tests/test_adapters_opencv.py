@@ -71,10 +71,10 @@ def test_signatures_are_those_of_cv2(made):
 
 def test_boxes_are_rounded_and_never_fed_back(made):
     frames, boxes, _ = made
-    given = boxes[0] + [0.4, 0.6, 0.3, -0.3]
+    given = (boxes[0] + [0.4, 0.6, 0.3, -0.3]).astype(np.float32)
     expected, scores = native(frames, given)
     tracker = TrackerDMV.create()
-    tracker.init(frames[0], given.astype(np.float32))
+    tracker.init(frames[0], given)
     for frame, box, score in zip(frames[1:], expected[1:], scores[1:], strict=True):
         assert tracker.update(frame)[1] == tuple(round(v) for v in box.tolist())
         assert tracker.getTrackingScore() == score

@@ -289,6 +289,7 @@ class Parsed(Exception):
 SCRIPT_LINES = [line for line in LINES if elsewhere(line) and re.match(r"python (-m )?benchmarks", line)]
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # the script, imported by others
 @pytest.mark.parametrize("line", SCRIPT_LINES)
 def test_a_script_takes_the_arguments(line, monkeypatch):
     """As they are written, up to the work itself, which another file tests with smaller ones."""
