@@ -24,7 +24,7 @@ import yaml
 from doc_pages import BOX, PAGES, ROOT
 
 from dmv_fast import cli, weights
-from dmv_fast.commands import bench
+from dmv_fast.commands import bench, track
 from dmv_fast.evaluation import speed
 
 LINES = sorted({line for page in PAGES for line in doc_pages.commands(page)})
@@ -40,7 +40,6 @@ ELSEWHERE = {
     r"rerun out.rrd": "it is another program's window; test_rerun.py reads the file",
     r"cat RUN": "test_a_checkpoint_in_pieces",
     r"split ": "test_a_checkpoint_in_pieces",
-    r"dmv-fast track 0 --select": "it needs a camera and a person",
     r"dmv-fast track .*--view": "test_view.py",
     r"torchrun ": "test_training.py runs two processes of it",
 }
@@ -131,6 +130,7 @@ def lines(pattern: str) -> pytest.MarkDecorator:
 
 KINDS = {
     "track": r"dmv-fast track (?!0|.*--view)",
+    "camera": r"dmv-fast track 0 --select",
     "eval": r"dmv-fast eval (?!.*--predictions)",
     "scored": r"dmv-fast eval .*--predictions",
     "calibration": r"dmv-fast calibration ",
@@ -165,6 +165,24 @@ def test_track(line, desk, capsys):
     dmv_fast(words, capsys)
     made = [Path(word) for word in words[2:] if word.startswith("out.")]
     assert made and all(path.stat().st_size for path in made)
+
+
+@lines(KINDS["camera"])
+def test_a_camera_and_a_person(line, desk, capsys, monkeypatch):
+    """A video stands in for the camera, and who draws the box is quick."""
+    capture = cv2.VideoCapture
+    asked = []
+
+    def camera(source, *options):
+        asked.append(source)
+        return capture("video.mp4" if source == 0 else source, *options)
+
+    monkeypatch.setattr(cv2, "VideoCapture", camera)
+    monkeypatch.setattr(track, "_has_display", lambda: True)
+    monkeypatch.setattr(cv2, "selectROI", lambda *_, **__: tuple(map(round, BOX)))
+    monkeypatch.setattr(cv2, "destroyWindow", lambda _: None)
+    said = dmv_fast(words_of(line), capsys)
+    assert asked[0] == 0 and "frames" in said
 
 
 @lines(KINDS["eval"])
