@@ -1,18 +1,12 @@
-"""The Triton kernels of the frame and CudaFrameStep on them, interpreted on the CPU; compiled for every chip.
-
-Triton reads TRITON_INTERPRET when a kernel is defined, so the first half runs in a process of its own.
-"""
+"""The Triton kernels of the frame and CudaFrameStep on them: interpreted on the CPU, compiled for all chips."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from interpreted import INTERPRETED, run_again, skip_without_loops
 
 triton = pytest.importorskip("triton")
 
@@ -20,7 +14,7 @@ SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448, 120: 101376}  # bytes a bloc
 
 HALVES = ("*fp16", "*bf16")
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRETED:
     from dmv_fast.kernels.choose import choose_constants, choose_kernel, choose_warps
     from dmv_fast.kernels.crop import BLOCK, crop_kernel
     from dmv_fast.kernels.rows import join_kernel, project_kernel, with_length_kernel
@@ -30,10 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
     @pytest.mark.slow
     def test_under_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
+        run_again(__file__)
 
     def compile_for(kernel, arch: int, constants: dict, warps: int, types: dict[str, str], half: str):
         """Fit for the chip, or it fails."""
@@ -107,10 +98,7 @@ else:
     from dmv_fast.vision.boxes import anchor_grid, decode
     from dmv_fast.vision.crop import Window, cut, mean_colour, search_window
 
-    versions = [tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, np)]
-    if versions[0] < (3, 7) and versions[1] >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 cannot run loops with NumPy 2.4", allow_module_level=True)
-
+    skip_without_loops()
     CPU = torch.device("cpu")
     crop_module.BLOCK = 1024  # fewer programs: the interpreter runs one after the other
 

@@ -1,40 +1,28 @@
 """The Triton kernels under Triton's interpreter, on the CPU: the retrieval contract where no GPU is needed.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so this file runs itself in a process of its own. The
-interpreter has no bfloat16 (its products are of bit patterns); tests/test_triton_gpu.py has.
+The interpreter has no bfloat16 (its products are of bit patterns); tests/test_triton_gpu.py has.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import INTERPRETED, run_again, skip_without_loops
 
 triton = pytest.importorskip("triton")
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRETED:
 
     def test_under_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
-            pytest.skip("; ".join(line for line in run.stdout.splitlines() if line.startswith("SKIPPED")))
-        assert run.returncode == 0, run.stdout + run.stderr
+        run_again(__file__)
 
 else:
-    import numpy
     from dmv_fast.kernels.gather import gather_candidates
     from dmv_fast.kernels.retrieve import retrieve
     from dmv_fast.kernels.tiles import Tiles
     from reference_retrieval import assert_exact, exact_logits
 
-    versions = [tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, numpy)]
-    if versions[0] < (3, 7) and versions[1] >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 cannot run loops with NumPy 2.4", allow_module_level=True)
+    skip_without_loops()
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf - inf
 
     RESIDENT = Tiles(rows=16, columns=32, depth=64, group=4, warps=4, stages=2, splits=3, select_rows=16)
