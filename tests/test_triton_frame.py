@@ -1,4 +1,4 @@
-"""The Triton kernels of the frame and CudaFrameStep on them: interpreted on the CPU, compiled for all chips."""
+"""Triton kernels of the frame and CudaFrameStep on them: interpreted on the CPU, compiled for every chip."""
 
 from __future__ import annotations
 
