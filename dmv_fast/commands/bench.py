@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dmv_fast.evaluation import speed, speed_report
     from dmv_fast.runtime.network import FastNetwork
-    from dmv_fast.runtime.precision import fast_precision
+    from dmv_fast.runtime.precision import without_auto
 
     sections = _sections(args)
     if args.frames < 2:
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     bench = speed.Bench(_clip(args), base, args.frames, nano_dir=args.nano_dir)
     network = bench.frame_step(base).network
     facts = speed_report.machine(network.device)
-    dtype = fast_precision(network.device) if args.dtype == "auto" else args.dtype
-    dtype = dtype if isinstance(network, FastNetwork) else "float32"
+    fast = isinstance(network, FastNetwork)
+    dtype = without_auto(args.dtype, network.device) if fast else "float32"
     facts |= {"clip": bench.clip.name, "dtype": dtype, "timed": speed_report.TIMED}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
     for section in sections:

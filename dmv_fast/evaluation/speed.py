@@ -27,7 +27,7 @@ from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.multi import MultiTracker
 from dmv_fast.runtime.frame import FrameStep
-from dmv_fast.runtime.precision import fast_precision
+from dmv_fast.runtime.precision import without_auto
 from dmv_fast.tracker import FastDMVTracker, TrackerConfig, frame_step_for
 from dmv_fast.vision.crop import search_window
 from dmv_fast.weights import save_model
@@ -225,9 +225,7 @@ class Bench:
 
     def path(self) -> None:
         """The fast path against itself in other number formats, and against the plain reference."""
-        dtype = self.base.dtype
-        if dtype == "auto":
-            dtype = fast_precision(self.frame_step(self.base).network.device)
+        dtype = without_auto(self.base.dtype, self.frame_step(self.base).network.device)
         others = [other for other in ("bfloat16", "float32") if other != dtype]
         settings = {
             "fast": self.base,

@@ -33,11 +33,15 @@ _NAMED = {
 
 def precision_of(name: str, device: torch.device) -> Precision:
     """By the name that a user gives it, "auto" among them. Raises ValueError where it is unknown."""
-    if name == "auto":
-        name = fast_precision(device)
+    name = without_auto(name, device)
     if name not in _NAMED:
         raise ValueError(f"dtype is {name!r}; it must be auto or one of {sorted(_NAMED)}")
     return _NAMED[name]
+
+
+def without_auto(name: str, device: torch.device) -> str:
+    """The name itself, or of "auto" what it is on a device."""
+    return fast_precision(device) if name == "auto" else name
 
 
 def fast_precision(device: torch.device) -> str:
