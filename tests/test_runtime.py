@@ -21,6 +21,7 @@ from dmv_fast.runtime.network import FastNetwork, PlainNetwork
 from dmv_fast.runtime.pixels import max_pool
 from dmv_fast.runtime.vote import fused_vote, vote_plain
 from dmv_fast.vision.crop import normalise, search_window
+from dmv_fast.weights import load_model
 
 CPU = torch.device("cpu")
 BOXES = [(60.0, 50.0, 40.0, 30.0), (100.0, 90.0, 22.0, 20.0), (20.0, 20.0, 30.0, 60.0)]
@@ -214,9 +215,10 @@ def typical_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().mean() / expected.std()).item()
 
 
-@pytest.mark.parametrize("dtype, pixels", [(torch.float32, 0.02), (torch.bfloat16, 8.0)])
-def test_boxes_are_the_reference_s(model, dtype, pixels):
-    images = frames()
+@pytest.mark.parametrize("dtype, pixels", [(torch.float32, 0.01), (torch.bfloat16, 2.0)])
+def test_boxes_are_the_reference_s(dtype, pixels):
+    """Of the shipped weights: to a random network places look alike, and rounding picks the candidates."""
+    images, model = frames(), load_model("dmv18")
     fast = FastNetwork(model, dtype=dtype, device=CPU, backend="auto")
     steps = [
         FrameStep(network, k=4, capacity=3, pick=PickConfig())

@@ -39,7 +39,7 @@ class Convolution:
     end; our own kernel does always, and leaves the scale out of the weights.
     split: of dtype float32, each number as two of bfloat16, three of whose four products are summed, and two
     where the weights are bfloat16 numbers; what our own kernel does not take (channels in other than 32s)
-    stays plain float32.
+    stays plain float32. That is Winograd's where it is 3 x 3 of stride 1 (csrc/conv_winograd.h).
     """
 
     def __init__(
@@ -50,13 +50,18 @@ class Convolution:
         gpu = hardware.on_gpu(device)
         self._geometry = ([padding] * 2, [stride] * 2, [dilation] * 2, groups)
         self._relu = relu
-        if not gpu and device.type == "cpu" and _suits_amx(weight, groups, dtype, split):
+        on_cpu = not gpu and device.type == "cpu"
+        if on_cpu and _suits_amx(weight, groups, dtype, split):
             c_out, _, self._kernel, _ = weight.shape
             self._run, self._weight = self._amx, _amx_tiles(weight, split)
             self._scale = torch.ones(c_out) if scale is None else scale.float()
             self._wide_bias = torch.zeros(c_out) if bias is None else bias.detach().float()
             return
         weight = weight if scale is None else scaled(weight, scale)
+        if on_cpu and dtype == torch.float32 and _suits_winograd(weight, stride, groups):
+            self._run, self._weight = self._winograd, _winograd_points(weight)
+            self._wide_bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+            return
         if gpu and groups > 1:
             weight, self._geometry = _ungrouped(weight, groups), (*self._geometry[:3], 1)
         self._weight = weight.to(device, dtype, memory_format=torch.channels_last)
@@ -65,7 +70,7 @@ class Convolution:
         self._run = self._plain
         if gpu and dtype != torch.float32:
             self._run, self._pays = self._cudnn_if_it_pays, {}
-        elif not gpu and device.type == "cpu" and onednn_packs_weights():
+        elif on_cpu and onednn_packs_weights():
             pack = torch.ops.mkldnn._reorder_convolution_weight.default
             size = [1, weight.shape[1] * groups, 32, 32]  # a hint; any size gave the same layout
             self._run, self._weight = self._onednn, pack(self._weight, *self._geometry, size)
@@ -91,6 +96,19 @@ class Convolution:
         geometry = (self._kernel, stride, padding, dilation, groups)
         torch.ops.dmv_fast.convolve_cpu.default(
             x, self._weight, self._scale, self._wide_bias, out, add, self._relu or add, *geometry
+        )
+        return out.permute(0, 3, 1, 2)
+
+    def _winograd(self, x: Tensor, onto: Tensor | None) -> Tensor:
+        (padding, _), _, (dilation, _), groups = self._geometry
+        x, add = x.permute(0, 2, 3, 1).contiguous(), onto is not None
+        if onto is None:
+            size = (length + 2 * (padding - dilation) for length in x.shape[1:3])
+            out = x.new_empty(len(x), *size, len(self._wide_bias))
+        else:
+            out = onto.permute(0, 2, 3, 1).contiguous()
+        torch.ops.dmv_fast.convolve_winograd_cpu.default(
+            x, self._weight, self._wide_bias, out, add, self._relu or add, padding, dilation, groups
         )
         return out.permute(0, 3, 1, 2)
 
@@ -167,6 +185,24 @@ def _amx_tiles(weight: Tensor, split: bool) -> Tensor:
     halves = halves[: 2 if split and halves[1].any() else 1]
     blocks = halves.view(len(halves), c_out // 32, 2, 16, c_in // 32, 16, 2, height, width)
     return blocks.permute(1, 7, 4, 8, 0, 2, 5, 3, 6).contiguous()
+
+
+def _suits_winograd(weight: Tensor, stride: int, groups: int) -> bool:
+    """Whether Winograd's convolution takes this one: 3 x 3 of stride 1."""
+    c_out, c_in, *size = weight.shape
+    whole = c_in % 16 == 0 and c_out % (32 * groups) == 0
+    return size == [3, 3] and stride == 1 and whole and cpu_kernel_runs("convolve_winograd_cpu")
+
+
+def _winograd_points(weight: Tensor) -> Tensor:
+    """(C_out, C_in, 3, 3) -> G w G' (36, C_out / 32, C_in, 32), see csrc/conv_winograd.h."""
+    root = math.sqrt(2)
+    at = torch.tensor([0, root / 2, -root / 2, root, -root], dtype=torch.float64)
+    # Lagrange's denominators: the product of a point's distances to the other four
+    shares = torch.tensor([1, -2 / 3, -2 / 3, 1 / 6, 1 / 6], dtype=torch.float64)
+    g = torch.cat([torch.stack([at**0, at, at**2], 1) * shares[:, None], torch.tensor([[0.0, 0.0, 1.0]])])
+    points = torch.einsum("ia,ocab,jb->ijoc", g, weight.detach().double(), g).float()
+    return points.flatten(0, 1).unflatten(1, (-1, 32)).transpose(2, 3).contiguous()
 
 
 def _ungrouped(weight: Tensor, groups: int) -> Tensor:

@@ -1,0 +1,134 @@
+// 3 x 3 convolution by Winograd's F(4 x 4, 3 x 3): out = A' [(G w G') * (B' x B)] A, in float32.
+//
+// Six by six pixels of x make four by four of out with 36 products a pair of channels, where the sum itself has 144.
+// With points 0, +-sqrt(1/2), +-sqrt(2) and infinity the rounding stays near that of the sum: 1e-6 of the largest
+// number. A dilation of d makes d * d maps of every d-th pixel, each cut into tiles by itself. Wants a `Lanes` before it.
+#pragma once
+
+#include "conv_winograd_cpu.h"
+
+namespace dmv_fast {
+namespace {
+
+using Vector = Lanes::Vector;
+constexpr int kWidth = Lanes::kWidth;
+constexpr int kRowsTogether = kWidth == 16 ? 8 : 4;  // times two vectors of channels: sums enough to hide the latency
+constexpr float kRoot = 1.41421356f, kHalfRoot = 0.70710678f;
+
+// B' x: put(i, its i-th number) for each of six.
+template <class Put>
+inline void to_points(const Vector (&x)[6], Put&& put) {
+  const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f), root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
+  const Vector high = Lanes::subtract(x[4], Lanes::multiply(two, x[2]));
+  const Vector low = Lanes::subtract(x[4], Lanes::multiply(half, x[2]));
+  const Vector a = Lanes::multiply_subtract(half_root, x[3], Lanes::multiply(root, x[1]));
+  const Vector b = Lanes::multiply_subtract(root, x[3], Lanes::multiply(half_root, x[1]));
+  put(0, Lanes::multiply_add(Lanes::fill(-2.5f), x[2], Lanes::add(x[0], x[4])));
+  put(1, Lanes::add(high, a));
+  put(2, Lanes::subtract(high, a));
+  put(3, Lanes::add(low, b));
+  put(4, Lanes::subtract(low, b));
+  put(5, Lanes::multiply_add(Lanes::fill(-2.5f), x[3], Lanes::add(x[1], x[5])));
+}
+
+// A' m: put(i, its i-th number) for each of four.
+template <class Put>
+inline void from_points(const Vector (&m)[6], Put&& put) {
+  const Vector even_a = Lanes::add(m[1], m[2]), odd_a = Lanes::subtract(m[1], m[2]);
+  const Vector even_b = Lanes::add(m[3], m[4]), odd_b = Lanes::subtract(m[3], m[4]);
+  const Vector rest = Lanes::multiply_add(Lanes::fill(2 * kRoot), odd_b, m[5]);
+  put(0, Lanes::add(m[0], Lanes::add(even_a, even_b)));
+  put(1, Lanes::multiply_add(Lanes::fill(kHalfRoot), odd_a, Lanes::multiply(Lanes::fill(kRoot), odd_b)));
+  put(2, Lanes::multiply_add(Lanes::fill(0.5f), even_a, Lanes::multiply(Lanes::fill(2), even_b)));
+  put(3, Lanes::multiply_add(Lanes::fill(kHalfRoot / 2), odd_a, rest));
+}
+
+// Tiles first..last of x, as points of their own: [36][tiles][channels].
+void tiles_to_points(const Winograd& c, int64_t first, int64_t last, int64_t from_tile) {
+  for (int64_t tile = first; tile < last; ++tile) {
+    const TilePlace place = c.place(tile);
+    const float* pixels[36];
+    for (int i = 0; i < 36; ++i) {
+      const int64_t y = place.y - c.padding + i / 6 * c.dilation, x = place.x - c.padding + i % 6 * c.dilation;
+      const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width && tile < c.tiles();
+      pixels[i] = inside ? c.x + ((place.crop * c.height + y) * c.width + x) * c.c_in : c.zeros;
+    }
+    float* const to = c.points + (tile - from_tile) * c.pitch_in();
+    for (int64_t k = 0; k < c.c_in; k += kWidth) {
+      Vector half[6][6];
+      for (int column = 0; column < 6; ++column) {
+        Vector x[6];
+        for (int row = 0; row < 6; ++row) x[row] = Lanes::load(pixels[row * 6 + column] + k);
+        to_points(x, [&](int row, Vector value) { half[row][column] = value; });
+      }
+      for (int row = 0; row < 6; ++row)
+        to_points(half[row], [&](int column, Vector value) {
+          Lanes::store(to + (row * 6 + column) * c.plane_in() + k, value);
+        });
+    }
+  }
+}
+
+// sums[rows][2 vectors] = a[rows][depth] * b[depth][32 channels, two vectors of them]
+inline void product(const float* a, int64_t pitch, const float* b, int64_t depth, float* sums, int64_t out_pitch) {
+  Vector sum[kRowsTogether][2];
+  for (auto& row : sum) row[0] = row[1] = Lanes::zero();
+  for (int64_t d = 0; d < depth; ++d, b += kPanel) {
+    const Vector b0 = Lanes::load(b), b1 = Lanes::load(b + kWidth);
+    for (int r = 0; r < kRowsTogether; ++r) {
+      const Vector spread = Lanes::fill(a[r * pitch + d]);
+      sum[r][0] = Lanes::multiply_add(spread, b0, sum[r][0]);
+      sum[r][1] = Lanes::multiply_add(spread, b1, sum[r][1]);
+    }
+  }
+  for (int r = 0; r < kRowsTogether; ++r) {
+    Lanes::store(sums + r * out_pitch, sum[r][0]);
+    Lanes::store(sums + r * out_pitch + kWidth, sum[r][1]);
+  }
+}
+
+// Units first..last of the products: a unit is one of the 36 points and 32 channels of out, over `tiles` tiles.
+void multiply_points(const Winograd& c, int64_t first, int64_t last, int64_t tiles) {
+  const int64_t panels = c.c_out / kPanel, per_group = panels / c.groups, depth = c.c_in / c.groups;
+  for (int64_t unit = first; unit < last; ++unit) {
+    const int64_t point = unit / panels, panel = unit % panels;
+    const float* const a = c.points + point * c.plane_in() + panel / per_group * depth;
+    const float* const b = c.weight + unit * depth * kPanel;
+    float* const sums = c.sums + point * c.plane_out() + panel * kPanel;
+    for (int64_t tile = 0; tile < tiles; tile += kRowsTogether)
+      for (int64_t half = 0; half < kPanel; half += 2 * kWidth)
+        product(a + tile * c.pitch_in(), c.pitch_in(), b + half, depth, sums + tile * c.pitch_out() + half, c.pitch_out());
+  }
+}
+
+// The sums of tiles first..last to pixels of out, with bias, what they are added to, and the rectifier.
+void points_to_tiles(const Winograd& c, int64_t first, int64_t last, int64_t from_tile) {
+  const Vector floor = Lanes::fill(c.relu ? 0.0f : -__builtin_inff());
+  for (int64_t tile = first; tile < last; ++tile) {
+    const TilePlace place = c.place(tile);
+    const float* const from = c.sums + (tile - from_tile) * c.pitch_out();
+    for (int64_t k = 0; k < c.c_out; k += kWidth) {
+      Vector half[4][6];
+      for (int column = 0; column < 6; ++column) {
+        Vector m[6];
+        for (int row = 0; row < 6; ++row) m[row] = Lanes::load(from + (row * 6 + column) * c.plane_out() + k);
+        from_points(m, [&](int row, Vector value) { half[row][column] = value; });
+      }
+      const Vector bias = Lanes::load(c.bias + k);
+      for (int row = 0; row < 4; ++row)
+        from_points(half[row], [&](int column, Vector value) {
+          const int64_t y = place.y + row * c.dilation, x = place.x + column * c.dilation;
+          if (y >= c.rows || x >= c.columns) return;
+          float* const to = c.out + ((place.crop * c.rows + y) * c.columns + x) * c.c_out + k;
+          value = Lanes::add(value, bias);
+          if (c.add) value = Lanes::add(value, Lanes::load(to));
+          Lanes::store(to, Lanes::larger(floor, value));
+        });
+    }
+  }
+}
+
+constexpr WinogradSteps kWinogradSteps{tiles_to_points, multiply_points, points_to_tiles};
+
+}  // namespace
+}  // namespace dmv_fast

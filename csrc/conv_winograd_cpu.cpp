@@ -1,0 +1,134 @@
+// dmv_fast::convolve_winograd_cpu: a 3 x 3 convolution with bias, residual and rectifier in float32; weights transformed
+// beforehand.
+#include "checked.h"
+#include "conv_winograd_cpu.h"
+#include "conv_cpu.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+namespace dmv_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kSmallWeights = 3 << 20;  // bytes: those that block after block may read, from L2 and L3
+constexpr int64_t kOwnRoom = 640 << 10;     // bytes of points and sums a thread, then: they stay in its L2 ...
+constexpr int64_t kSharedRoom = 8 << 20;    // ... and that all threads share where weights are read once
+
+bool convolve_winograd_cpu_runs() { return allowed(Isa::avx2); }
+
+WinogradSteps steps() {
+#ifdef DMV_X86
+  return allowed(Isa::avx512) ? winograd_avx512() : winograd_avx2();
+#else
+  return {};
+#endif
+}
+
+// Room for as many tiles as fit into so many bytes, from the calling thread's own.
+void make_room(Winograd& c, int64_t tiles, int64_t bytes) {
+  const int64_t most = bytes / int64_t(sizeof(float)) / kPoints / (c.pitch_in() + c.pitch_out()) / kTileStep * kTileStep;
+  c.together = std::min(tiles, std::max(kTileStep, most));
+  const int64_t points = kPoints * c.plane_in(), sums = kPoints * c.plane_out();
+  c.points = reinterpret_cast<float*>(room_of((points + sums + c.c_in) * 2));
+  c.sums = c.points + points;
+  std::fill_n(c.sums + sums, c.c_in, 0.0f);
+  c.zeros = c.sums + sums;
+}
+
+// A thread takes its tiles all the way, some at a time.
+void run_by_tiles(const Winograd& call, const WinogradSteps& step, int64_t tiles) {
+  torch::stable::parallel_for(0, tiles / kTileStep, 1, [&](int64_t begin, int64_t end) {
+    Winograd c = call;
+    const int64_t units = kPoints * (c.c_out / kPanel), last = end * kTileStep;
+    make_room(c, last - begin * kTileStep, kOwnRoom);
+    for (int64_t from = begin * kTileStep, until; from < last; from = until) {
+      until = std::min(from + c.together, last);
+      step.tiles_to_points(c, from, until, from);
+      step.multiply_points(c, 0, units, until - from);
+      step.points_to_tiles(c, from, std::min(until, c.tiles()), from);
+    }
+  });
+}
+
+// All threads work on the same tiles, step by step, so that each weight is read once.
+void run_by_steps(Winograd& c, const WinogradSteps& step, int64_t tiles) {
+  make_room(c, tiles, kSharedRoom);
+  for (int64_t from = 0, until; from < tiles; from = until) {
+    until = std::min(from + c.together, tiles);
+    torch::stable::parallel_for(from, until, 1, [&](int64_t first, int64_t last) {
+      step.tiles_to_points(c, first, last, from);
+    });
+    torch::stable::parallel_for(0, kPoints * (c.c_out / kPanel), 1, [&](int64_t first, int64_t last) {
+      step.multiply_points(c, first, last, until - from);
+    });
+    torch::stable::parallel_for(from, std::min(until, c.tiles()), 1, [&](int64_t first, int64_t last) {
+      step.points_to_tiles(c, first, last, from);
+    });
+  }
+}
+
+void run(Winograd& c) {
+  const int64_t tiles = (c.tiles() + kTileStep - 1) / kTileStep * kTileStep;
+  const bool small = kPoints * c.c_out * (c.c_in / c.groups) * int64_t(sizeof(float)) <= kSmallWeights;
+  if (small)
+    run_by_tiles(c, steps(), tiles);
+  else
+    run_by_steps(c, steps(), tiles);
+}
+
+void convolve_winograd_cpu(
+    const Tensor& x,       // [B, H, W, C_in] float32
+    const Tensor& weight,  // [36, C_out / 32, C_in / groups, 32], see convolution.py
+    const Tensor& bias,    // [C_out]
+    Tensor out,            // [B, h, w, C_out]
+    bool add,              // to what is in out
+    bool relu, int64_t padding, int64_t dilation, int64_t groups)
+{
+  STD_TORCH_CHECK(
+      convolve_winograd_cpu_runs(), "convolve_winograd_cpu: this processor has no AVX2, or DMV_FAST_CPU_ISA names less");
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: should be (B, H, W, C)");
+  STD_TORCH_CHECK(
+      padding >= 0 && dilation >= 1 && groups >= 1, "dilation and groups should be 1 or more, padding 0 or more");
+  Winograd c;
+  c.crops = x.size(0), c.height = x.size(1), c.width = x.size(2), c.c_in = x.size(3);
+  c.c_out = bias.numel(), c.groups = groups, c.padding = padding, c.dilation = dilation;
+  c.rows = c.height + 2 * padding - 2 * dilation, c.columns = c.width + 2 * padding - 2 * dilation;
+  c.add = add, c.relu = relu;
+  STD_TORCH_CHECK(
+      c.c_in % (16 * groups) == 0 && c.c_out % (kPanel * groups) == 0,
+      "x, bias: their channels should be multiples of 16 and of 32 in each group");
+  STD_TORCH_CHECK(c.rows > 0 && c.columns > 0, "x: smaller than the kernel");
+  c.x = checked<float>(x, "x", ScalarType::Float, x.numel());
+  c.weight = checked<float>(weight, "weight", ScalarType::Float, kPoints * c.c_out * (c.c_in / groups));
+  c.bias = checked<float>(bias, "bias", ScalarType::Float, c.c_out);
+  STD_TORCH_CHECK(
+      out.size(0) == c.crops && out.size(1) == c.rows && out.size(2) == c.columns, "out: should be (", c.crops, ", ",
+      c.rows, ", ", c.columns, ", ", c.c_out, ")");
+  checked<float>(out, "out", ScalarType::Float, c.crops * c.rows * c.columns * c.c_out);
+  c.out = static_cast<float*>(out.mutable_data_ptr());
+  if (c.crops > 0) run(c);
+}
+
+}  // namespace
+}  // namespace dmv_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
+  library.def(
+      "convolve_winograd_cpu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) out, bool add, bool relu, int padding,"
+      " int dilation, int groups) -> ()");
+  library.def("convolve_winograd_cpu_runs() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CPU, library) {
+  library.impl("convolve_winograd_cpu", TORCH_BOX(&dmv_fast::convolve_winograd_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CompositeExplicitAutograd, library) {
+  library.impl("convolve_winograd_cpu_runs", TORCH_BOX(&dmv_fast::convolve_winograd_cpu_runs));
+}

@@ -1,0 +1,139 @@
+"""Winograd's convolution in float32: against float64, over a network's shapes and odd ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmv_fast.ops.backends import cpu_kernel_runs
+from dmv_fast.runtime.convolution import Convolution
+
+CPU = torch.device("cpu")
+needs_winograd = pytest.mark.skipif(
+    not cpu_kernel_runs("convolve_winograd_cpu"), reason="no AVX2 in this processor, or no C++ extension"
+)
+
+# (batch, C_in, C_out, height, width, padding, dilation, groups)
+GEOMETRIES = [
+    (1, 64, 64, 64, 64, 1, 1, 1),
+    (1, 128, 256, 32, 32, 1, 1, 1),  # weights that are read once, by all threads together
+    (1, 256, 256, 32, 32, 2, 2, 1),
+    (1, 512, 256, 16, 16, 1, 1, 2),
+    (3, 64, 96, 15, 18, 2, 2, 1),  # tiles over the map's end, and no whole step of them
+    (2, 16, 32, 5, 9, 0, 1, 1),
+    (1, 32, 32, 3, 3, 0, 1, 1),
+    (1, 32, 32, 1, 1, 1, 1, 1),
+    (2, 48, 64, 7, 21, 3, 3, 1),
+    (1, 32, 32, 9, 9, 2, 1, 1),
+]
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+def make(c_in: int, c_out: int, *, relu: bool = False, groups: int = 1, **geometry) -> Convolution:
+    """With its weight in .weight and its bias in .bias."""
+    weight = torch.randn(c_out, c_in // groups, 3, 3)
+    weight /= weight[0].numel() ** 0.5
+    bias = torch.randn(c_out)
+    made = Convolution(weight, bias, relu=relu, dtype=torch.float32, device=CPU, groups=groups, **geometry)
+    made.weight, made.bias = weight, bias
+    return made
+
+
+@needs_winograd
+@pytest.mark.parametrize("isa", ["", "avx2"])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_equals_float64(monkeypatch, geometry, isa):
+    monkeypatch.setenv("DMV_FAST_CPU_ISA", isa)
+    batch, c_in, c_out, height, width, padding, dilation, groups = geometry
+    torch.manual_seed(0)
+    where = {"padding": padding, "dilation": dilation, "groups": groups}
+    x = channels_last(batch, c_in, height, width)
+    for relu, residual in ((True, False), (False, False), (True, True)):
+        made = make(c_in, c_out, relu=relu, **where)
+        assert made._run == made._winograd
+        expected = F.conv2d(x.double(), made.weight.double(), made.bias.double(), **where)
+        onto = channels_last(*expected.shape) if residual else None
+        if residual:
+            expected += onto
+        found = made(x, onto.clone() if residual else None)
+        assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
+        expected = expected.relu() if relu else expected
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
+
+
+@needs_winograd
+def test_rounding_is_near_that_of_the_sum():
+    torch.manual_seed(0)
+    made, x = make(512, 64, padding=1), channels_last(1, 512, 16, 16).relu()
+    exact = F.conv2d(x.double(), made.weight.double(), made.bias.double(), padding=1)
+    summed = F.conv2d(x, made.weight, made.bias, padding=1)
+
+    def error(found: Tensor) -> float:
+        return (found - exact).square().mean().sqrt().item()
+
+    assert error(made(x)) < 10 * error(summed)
+
+
+@needs_winograd
+@pytest.mark.parametrize("c_in, c_out, size", [(32, 64, 40), (256, 256, 12)])
+def test_threads_and_neighbours_change_nothing(c_in, c_out, size):
+    """Bit for bit: a crop alone, among others, on one thread and on three."""
+    torch.manual_seed(0)
+    made, x = make(c_in, c_out, relu=True, padding=1), channels_last(4, c_in, size, size)
+    before = torch.get_num_threads()
+    answers = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            answers += [made(x), torch.cat([made(crop[None]) for crop in x])]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+@needs_winograd
+def test_more_tiles_than_there_is_room_for():
+    torch.manual_seed(0)
+    made, x = make(256, 512, padding=1), channels_last(6, 256, 32, 32)  # 384 tiles, some 70 at a time
+    expected = F.conv2d(x, made.weight, made.bias, padding=1)
+    torch.testing.assert_close(made(x), expected, atol=2e-5, rtol=1e-5)
+
+
+@needs_winograd
+@pytest.mark.parametrize(
+    "kernel, stride, c_in, c_out", [(3, 2, 32, 32), (1, 1, 32, 32), (3, 1, 24, 32), (3, 1, 32, 20)]
+)
+def test_what_it_does_not_take_is_onednn_or_pytorch(kernel, stride, c_in, c_out):
+    torch.manual_seed(0)
+    weight, x = torch.randn(c_out, c_in, kernel, kernel), channels_last(1, c_in, 8, 8)
+    made = Convolution(weight, None, relu=False, stride=stride, dtype=torch.float32, device=CPU)
+    assert made._run != made._winograd
+    torch.testing.assert_close(made(x), F.conv2d(x, weight, stride=stride), atol=1e-4, rtol=1e-4)
+
+
+@needs_winograd
+def test_wrong_tensors_are_refused():
+    made, x = make(32, 32, relu=True, padding=1), channels_last(1, 32, 16, 16)
+    weights = made._weight
+    made._weight = weights[:18].contiguous()
+    with pytest.raises(RuntimeError, match="weight: should be contiguous float32 of 36864 elements"):
+        made(x)
+    made._weight = weights
+    with pytest.raises(RuntimeError, match="x: should be contiguous float32"):
+        made(x.double())
+    with pytest.raises(RuntimeError, match="multiples of 16"):
+        made(x[:, :8])
+
+
+@needs_winograd
+def test_a_processor_without_avx2_takes_onednn_or_pytorch(monkeypatch):
+    monkeypatch.setenv("DMV_FAST_CPU_ISA", "generic")
+    made = make(32, 32, padding=1)
+    assert made._run != made._winograd
+    x = channels_last(1, 32, 6, 6)
+    torch.testing.assert_close(made(x), F.conv2d(x, made.weight, made.bias, padding=1), atol=1e-5, rtol=1e-5)
