@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from vote_cases import C, error, exactly, fused_float32, make_weights
 
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.ops import available_backends
 from dmv_fast.runtime.fold import VoteWeights, fold_vote
 from dmv_fast.runtime.network import FastNetwork
-from dmv_fast.runtime.vote import _split_vote, fused_vote, vote_plain
+from dmv_fast.runtime.vote import _split_vote, vote_plain
 
 CPU = torch.device("cpu")
-C = 64
 
 
 def why_not() -> str | None:
@@ -26,33 +26,8 @@ def why_not() -> str | None:
 needs_amx = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
-def make_weights(heads: int = 4, value_width: int = 256, seed: int = 0) -> VoteWeights:
-    """Folded weights at random, such that what is heard matters as much as the candidate itself."""
-    torch.manual_seed(seed)
-    mix, mix_bias = torch.randn(C, (heads + 1) * C) / C**0.5, 0.1 * torch.randn(C)
-    attention = torch.randn(heads * 16, C) / 8, 0.3 * torch.randn(heads * 16), torch.randn(heads * 16, C) / 8
-    out = torch.randn(value_width, C) / 8, 0.1 * torch.randn(value_width)
-    into = torch.zeros(C, value_width), torch.zeros(C), torch.zeros(C, C), torch.zeros(C)
-    return VoteWeights(*into, *attention, mix - mix.mean(0), mix_bias - mix_bias.mean(), *out, epsilon=1e-5)
-
-
 def fused(rows: Tensor, weights: VoteWeights) -> Tensor:
-    """By fused_vote, into room with neighbours, which has to leave those alone."""
-    width = len(weights.out)
-    room = torch.full((*rows.shape[:2], width + 44), torch.nan)
-    fused_vote(weights, torch.float32, CPU, split=True)(rows, room[..., 44:])
-    assert room[..., :44].isnan().all()
-    return room[..., 44:]
-
-
-def exactly(rows: Tensor, weights: VoteWeights) -> Tensor:
-    """In float64."""
-    return vote_plain(rows.double(), VoteWeights(*(w.double() for w in weights[:-1]), weights.epsilon))
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """The largest, of the largest number expected; NaN where there is one."""
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+    return fused_float32(rows, weights, split=True)
 
 
 @needs_amx
@@ -136,13 +111,6 @@ def test_network_of_bfloat16_parts_votes_by_it():
     weights = fold_vote(model.read)
     assert torch.equal(found, fused(rows, weights))
     assert not torch.equal(found, vote_plain(rows, weights))
-
-
-def test_without_amx_it_is_plain_float32(monkeypatch):
-    monkeypatch.setenv("DMV_FAST_CPU_ISA", "generic")
-    weights = make_weights()
-    rows = torch.randn(1, 9, 4, C)
-    assert torch.equal(fused(rows, weights), vote_plain(rows, weights))
 
 
 @needs_amx

@@ -16,6 +16,7 @@ from dmv_fast.runtime import hardware
 from dmv_fast.runtime.fold import VoteWeights
 
 _FUSED_WIDTH = 64  # C of the fused kernels
+_FUSED_HEADS = 8  # of the float32 one, whatever H is
 
 
 def vote_plain(rows: Tensor, weights: VoteWeights) -> Tensor:
@@ -46,7 +47,7 @@ def fused_vote(
     """The voting function of this device, its weights brought into its layout.
 
     Called with rows (B, M, K, C) and where the retrieved values go: (B, M, V), rows of any stride.
-    split: of float32, products made of two bfloat16 parts of each number, where the processor has AMX.
+    split: of float32, products made of two bfloat16 parts of each number where the processor has AMX.
     """
     width, value_width = weights.mix.shape[0], weights.out.shape[0]
     fits = width == _FUSED_WIDTH and value_width % 32 == 0 and weights.heads in (2, 4, 6, 8)
@@ -59,6 +60,8 @@ def fused_vote(
         run = _cpu_vote(weights)
     elif fits and split and not half and device.type == "cpu" and cpu_kernel_runs("vote_split_cpu"):
         run = _split_vote(weights)
+    elif fits and not half and device.type == "cpu" and cpu_kernel_runs("vote_float32_cpu"):
+        run = _float32_vote(weights)
     else:
         local = VoteWeights(*(w.to(device, dtype) for w in weights[:-1]), epsilon=weights.epsilon)
         run = functools.partial(vote_plain, weights=local)
@@ -86,6 +89,29 @@ def _tiles_of_parts(weight: Tensor) -> Tensor:
     """(out, in) -> bfloat16 (out / 32, in / 32, parts, 2, 16, 16, 2): tiles of 32 in, in pairs, by 16 out."""
     blocks = bfloat16_parts(weight).view(2, len(weight) // 32, 2, 16, -1, 16, 2)
     return blocks.permute(1, 4, 0, 2, 5, 3, 6).contiguous()
+
+
+def _float32_vote(weights: VoteWeights) -> Callable[[Tensor], Tensor]:
+    run = torch.ops.dmv_fast.vote_float32_cpu.default
+    *heads, itself = weights.mix.split(_FUSED_WIDTH, 1)
+    absent = [torch.zeros_like(itself)] * (_FUSED_HEADS - weights.heads)
+    together = weights.mix.double().unflatten(1, (-1, _FUSED_WIDTH)).sum(1).float()
+    mix = torch.cat([*heads, *absent, itself, together])
+    to_q, q_bias, to_k = (_by_number(x, weights.heads) for x in (weights.to_q, weights.q_bias, weights.to_k))
+    packed = _panels(to_q), q_bias, _panels(to_k), _panels(mix), weights.mix_bias, _panels(weights.out)
+    return lambda rows: run(rows, *packed, weights.out_bias, weights.epsilon)
+
+
+def _by_number(weight: Tensor, heads: int) -> Tensor:
+    """(H * C/4, ...) -> (C/4 * 8, ...): number 0 of all heads, then number 1, ...; zero past head H."""
+    numbers = weight.unflatten(0, (heads, -1)).transpose(0, 1)
+    absent = numbers.new_zeros(len(numbers), _FUSED_HEADS - heads, *numbers.shape[2:])
+    return torch.cat([numbers, absent], 1).flatten(0, 1)
+
+
+def _panels(weight: Tensor) -> Tensor:
+    """(out, in) -> (out / 32, in, 32)."""
+    return weight.unflatten(0, (-1, 32)).transpose(1, 2).contiguous()
 
 
 def _pairs(weight: Tensor) -> Tensor:

@@ -1,0 +1,40 @@
+"""The voting net at random, and what it should be, for the tests of its float32 kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmv_fast.runtime.fold import VoteWeights
+from dmv_fast.runtime.vote import fused_vote, vote_plain
+
+C = 64
+
+
+def make_weights(heads: int = 4, value_width: int = 256, seed: int = 0) -> VoteWeights:
+    """Folded weights at random, such that what is heard matters as much as the candidate itself."""
+    torch.manual_seed(seed)
+    mix, mix_bias = torch.randn(C, (heads + 1) * C) / C**0.5, 0.1 * torch.randn(C)
+    attention = torch.randn(heads * 16, C) / 8, 0.3 * torch.randn(heads * 16), torch.randn(heads * 16, C) / 8
+    out = torch.randn(value_width, C) / 8, 0.1 * torch.randn(value_width)
+    into = torch.zeros(C, value_width), torch.zeros(C), torch.zeros(C, C), torch.zeros(C)
+    return VoteWeights(*into, *attention, mix - mix.mean(0), mix_bias - mix_bias.mean(), *out, epsilon=1e-5)
+
+
+def fused_float32(rows: Tensor, weights: VoteWeights, *, split: bool = False) -> Tensor:
+    """By fused_vote, into room with neighbours, which has to leave those alone."""
+    width = len(weights.out)
+    room = torch.full((*rows.shape[:2], width + 44), torch.nan)
+    fused_vote(weights, torch.float32, torch.device("cpu"), split=split)(rows, room[..., 44:])
+    assert room[..., :44].isnan().all()
+    return room[..., 44:]
+
+
+def exactly(rows: Tensor, weights: VoteWeights) -> Tensor:
+    """In float64."""
+    return vote_plain(rows.double(), VoteWeights(*(w.double() for w in weights[:-1]), weights.epsilon))
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest, of the largest number expected; NaN where there is one."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
