@@ -72,7 +72,7 @@ class FastDMVTracker:
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1" ...
         dtype: "auto", "float32", "bfloat16", "float16"; or, on a CPU with AMX, "bfloat16x3": float32 within
             some 1e-5, large products made of two or three in bfloat16. "auto": bfloat16x3 where it runs,
-            float16 on a GPU, else the faster of bfloat16 and float32.
+            float16 on a GPU, else float32, unless bfloat16 is the quicker one there.
         backend: of the retrieval: "auto", "reference", "cpu", "triton" or "cuda". "reference" in float32 is
             the plain PyTorch network, all else the folded one.
         config: how the network is used; None: `TrackerConfig()`.

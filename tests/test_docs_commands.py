@@ -96,8 +96,9 @@ class ShortMemory(speed.Setting):
 
 
 def run(command: list[str], **options) -> str:
-    """A program of its own; what it printed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    """A program of its own, which knows nothing of this run's workers; what it printed."""
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
