@@ -55,13 +55,6 @@ RetrieveTiles kernel_for(Isa isa, Dtype dtype) {
   return generic_kernel(dtype);
 }
 
-RetrieveTiles split_kernel() {
-#ifdef DMV_X86
-  if (allowed(Isa::amx)) return amx_split_kernel();
-#endif
-  return nullptr;
-}
-
 std::tuple<Tensor, Tensor> retrieve_by(
     RetrieveTiles kernel, const Tensor& query, const Tensor& keys, int64_t k, const std::optional<Tensor>& valid,
     int64_t most_depth, int64_t together) {
@@ -127,6 +120,23 @@ std::tuple<Tensor, Tensor> retrieve_cpu(
   return retrieve_by(kernel_for(chosen_isa(), dtype_of(query)), query, keys, k, valid, kMaxDepth, 1);
 }
 
+RetrieveTiles split_kernel() {
+#ifdef DMV_X86
+  if (allowed(Isa::amx)) return amx_split_kernel();
+#endif
+  return nullptr;
+}
+
+RetrieveTiles screened_kernel() {
+#ifdef DMV_X86
+  if (chosen_isa() == Isa::avx512_bf16) return avx512_bf16_screened_kernel();
+#endif
+  return nullptr;
+}
+
+bool retrieve_split_cpu_runs() { return split_kernel() != nullptr; }
+bool retrieve_screened_cpu_runs() { return screened_kernel() != nullptr; }
+
 // Float32 numbers as two bfloat16 parts: queries side by side, keys in tiles, see dmv_fast/ops/split.py.
 std::tuple<Tensor, Tensor> retrieve_split_cpu(
     const Tensor& query,  // [B, M, 2 D] bfloat16, D a multiple of 32, else as above
@@ -145,6 +155,23 @@ std::tuple<Tensor, Tensor> retrieve_split_cpu(
   return retrieve_by(kernel, query, keys, k, valid, 2 * kMaxDepth, 32);
 }
 
+// Float32 numbers with a bfloat16 copy before them, which tells which of them matter, see dmv_fast/ops/split.py.
+std::tuple<Tensor, Tensor> retrieve_screened_cpu(
+    const Tensor& query,                 // [B, M, 3 D] bfloat16, D a multiple of 32, else as above
+    const Tensor& keys,                  // [B, N, 3 D]
+    int64_t k,
+    const std::optional<Tensor>& valid)  // [B] int32
+{
+  const RetrieveTiles kernel = screened_kernel();
+  STD_TORCH_CHECK(
+      kernel, "retrieve_screened_cpu: avx512_bf16 is not this processor's fastest, or DMV_FAST_CPU_ISA names another");
+  STD_TORCH_CHECK(
+      query.scalar_type() == ScalarType::BFloat16 && query.dim() == 3 && query.size(2) % 96 == 0,
+      "query: should be bfloat16 (B, M, 3 D), D a multiple of 32");
+  STD_TORCH_CHECK(keys.dim() == 3 && keys.stride(1) % 2 == 0, "keys: should be (B, N, 3 D), an even number apart");
+  return retrieve_by(kernel, query, keys, k, valid, 3 * kMaxDepth, 1);
+}
+
 // What DMV_FAST_CPU_ISA may name on this machine, the fastest first.
 std::string cpu_isas() {
   std::string names;
@@ -160,14 +187,20 @@ std::string cpu_isas() {
 STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
   library.def("retrieve_cpu(Tensor query, Tensor keys, int k, Tensor? valid) -> (Tensor, Tensor)");
   library.def("retrieve_split_cpu(Tensor query, Tensor keys, int k, Tensor? valid) -> (Tensor, Tensor)");
+  library.def("retrieve_screened_cpu(Tensor query, Tensor keys, int k, Tensor? valid) -> (Tensor, Tensor)");
+  library.def("retrieve_split_cpu_runs() -> bool");
+  library.def("retrieve_screened_cpu_runs() -> bool");
   library.def("cpu_isas() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CPU, library) {
   library.impl("retrieve_cpu", TORCH_BOX(&dmv_fast::retrieve_cpu));
   library.impl("retrieve_split_cpu", TORCH_BOX(&dmv_fast::retrieve_split_cpu));
+  library.impl("retrieve_screened_cpu", TORCH_BOX(&dmv_fast::retrieve_screened_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CompositeExplicitAutograd, library) {
+  library.impl("retrieve_split_cpu_runs", TORCH_BOX(&dmv_fast::retrieve_split_cpu_runs));
+  library.impl("retrieve_screened_cpu_runs", TORCH_BOX(&dmv_fast::retrieve_screened_cpu_runs));
   library.impl("cpu_isas", TORCH_BOX(&dmv_fast::cpu_isas));
 }

@@ -7,6 +7,8 @@
 //   block(rows, stride, queries, depth, logits, between)
 //                  logits[32 keys][32 queries]; calls between(0) .. between(kGroups - 1) somewhere on its way, so
 //                  that the selection of the block before can hide under the matrix unit's time
+// The product may be a rough one where a `Screen` (screen_bfloat16.h) knows how far off it is at most, and makes exact
+// what may be among the best.
 #pragma once
 
 namespace dmv_fast {
@@ -66,21 +68,38 @@ struct Chunk {
       pack_rows(memory + packed_from * memory_stride, memory_stride, end - packed_from, call.depth, depth, packed);
   }
 
+  const Element* row(int64_t key) const {
+    return key < packed_from ? reinterpret_cast<const Element*>(memory + key * memory_stride)
+                             : packed + (key - packed_from) * depth;
+  }
+  int64_t stride(int64_t key) const { return key < packed_from ? memory_stride : depth; }
+
   template <class Between>
   void multiply(int64_t key, const Element* queries, float* logits, Between&& between) const {
-    const auto* in_place = reinterpret_cast<const Element*>(memory + key * memory_stride);
-    if (key < packed_from)
-      Product::block(in_place, memory_stride, queries, depth, logits, between);
-    else
-      Product::block(packed + (key - packed_from) * depth, depth, queries, depth, logits, between);
+    Product::block(row(key), stride(key), queries, depth, logits, between);
   }
 };
 
+// The screen of a product that is exact.
+struct NoScreen {
+  struct Reach {
+    template <class Chunk>
+    explicit Reach(const Chunk&) {}
+  };
+  template <class Element>
+  void start(const Element*, int64_t, int64_t, int64_t) {}
+  void face(Reach) {}
+  void lower(TileState&) const {}
+  template <class Chunk, class Element>
+  void refine(const TileState&, const Chunk&, int64_t, const Element*, float*) const {}
+};
+
 // One tile's pass over one chunk: the product of a block of keys is made while the block before is selected from.
-template <class Chunk, class Element>
+template <class Chunk, class Element, class Screen>
 struct Pass {
   const Chunk& chunk;
   const Element* queries;
+  const Screen& screen;
   TileState& state;
   Pending& pending;
   float* logits;  // [keys of a chunk][kTile]
@@ -92,20 +111,26 @@ struct Pass {
     for (int64_t key = chunk.begin; key < chunk.end; key += kBlock)
       chunk.multiply(key, queries, logits + (key - chunk.begin) * kTile, [](int) {});
     raise_threshold(state, logits, chunk.end - chunk.begin, k);
+    screen.lower(state);
     running.load_threshold(state);
-    for (int64_t key = chunk.begin; key < chunk.end; key += kBlock)
-      select(logits + (key - chunk.begin) * kTile, key);
+    for (int64_t key = chunk.begin; key < chunk.end; key += kBlock) {
+      float* const block = logits + (key - chunk.begin) * kTile;
+      refine(block, key);
+      select(block, key);
+    }
     finish();
   }
 
   void later() {
     float *before = logits, *now = logits + kBlock * kTile;
     chunk.multiply(chunk.begin, queries, before, [](int) {});
+    refine(before, chunk.begin);
     int64_t key = chunk.begin;
     for (; key + kBlock < chunk.end; key += kBlock) {
       uint32_t found = 0;
       chunk.multiply(key + kBlock, queries, now, [&](int group) { found |= select_group(before, group); });
       note(before, key, found);
+      refine(now, key + kBlock);
       float* const done = before;
       before = now;
       now = done;
@@ -115,6 +140,7 @@ struct Pass {
   }
 
  private:
+  void refine(float* block, int64_t key) { screen.refine(state, chunk, key, queries, block); }
   uint32_t select_group(const float* block, int group) {
     return uint32_t(accumulate(running, block + group * kGroup * kTile)) << group;
   }
@@ -136,7 +162,7 @@ struct Pass {
   }
 };
 
-template <class Product, class Source>
+template <class Product, class Source, class Screen = NoScreen>
 void retrieve_tiles(const Retrieval& call, int64_t batch, int64_t first, int64_t last, Scratch& scratch) {
   using Element = typename Product::Element;
   const int64_t tiles = last - first, depth = rounded_up(call.depth, Product::kDepthStep);
@@ -147,13 +173,14 @@ void retrieve_tiles(const Retrieval& call, int64_t batch, int64_t first, int64_t
   const int64_t packed_keys = needs_packing<Product, Source>(call.depth) ? chunk_keys : kBlock;
   const int64_t row_bytes = packed_keys * depth * sizeof(Element);
   const int64_t logit_bytes = chunk_keys * kTile * sizeof(float);
-  char* bytes =
-      scratch.reserve(query_bytes + row_bytes + logit_bytes + sizeof(Pending) + tiles * int64_t(sizeof(TileState)));
+  const int64_t tile_bytes = sizeof(TileState) + sizeof(Screen);
+  char* bytes = scratch.reserve(query_bytes + row_bytes + logit_bytes + sizeof(Pending) + tiles * tile_bytes);
   Element* const queries = reinterpret_cast<Element*>(bytes);
   Element* const packed = reinterpret_cast<Element*>(bytes += query_bytes);
   float* const logits = reinterpret_cast<float*>(bytes += row_bytes);
   Pending& pending = *reinterpret_cast<Pending*>(bytes += logit_bytes);
   TileState* const states = reinterpret_cast<TileState*>(bytes += sizeof(Pending));
+  Screen* const screens = reinterpret_cast<Screen*>(bytes += tiles * sizeof(TileState));
   __builtin_memset(pending.count, 0, sizeof pending.count);
 
   const auto* query = reinterpret_cast<const Source*>(call.query) + batch * call.query_batch_stride;
@@ -163,15 +190,18 @@ void retrieve_tiles(const Retrieval& call, int64_t batch, int64_t first, int64_t
         query + row * call.query_row_stride, call.query_row_stride, present, call.depth, depth,
         queries + t * kTile * depth);
     states[t].start(call.k, present);
+    screens[t].start(query + row * call.query_row_stride, call.query_row_stride, present, depth);
   }
 
   const auto* memory = reinterpret_cast<const Source*>(call.keys) + batch * call.key_batch_stride;
   Product::begin();
   for (int64_t begin = 0; begin < keys; begin += chunk_keys) {
     const Chunk<Product, Source> chunk(call, memory, begin, smaller(begin + chunk_keys, keys), packed);
+    const typename Screen::Reach reach(chunk);
     for (int64_t t = 0; t < tiles; ++t) {
-      Pass<Chunk<Product, Source>, Element> pass{
-          chunk, queries + t * kTile * depth, states[t], pending, logits, call.k};
+      screens[t].face(reach);
+      Pass<Chunk<Product, Source>, Element, Screen> pass{
+          chunk, queries + t * kTile * depth, screens[t], states[t], pending, logits, call.k};
       if (begin == 0)
         pass.first();
       else

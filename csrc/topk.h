@@ -76,16 +76,21 @@ struct Running {
   }
 };
 
-// Adds kGroup rows of logits to the sums. Returns whether any of them beats its query's threshold.
-inline bool accumulate(Running& running, const float* logits) {
-  using Vector = typename Lanes::Vector;
-  Vector highest[kVectors], shifted[kVectors];
+// Of kGroup rows of logits each query's highest.
+inline void load_highest(typename Lanes::Vector (&highest)[kVectors], const float* logits) {
   for (int i = 0; i < kVectors; ++i) {
     highest[i] = Lanes::load(logits + i * Lanes::kWidth);
     for (int key = 1; key < kGroup; ++key)
       highest[i] = Lanes::larger(highest[i], Lanes::load(logits + key * kTile + i * Lanes::kWidth));
-    shifted[i] = Lanes::multiply(highest[i], Lanes::fill(kLog2e));
   }
+}
+
+// Adds kGroup rows of logits to the sums. Returns whether any of them beats its query's threshold.
+inline bool accumulate(Running& running, const float* logits) {
+  using Vector = typename Lanes::Vector;
+  Vector highest[kVectors], shifted[kVectors];
+  load_highest(highest, logits);
+  for (int i = 0; i < kVectors; ++i) shifted[i] = Lanes::multiply(highest[i], Lanes::fill(kLog2e));
   if (__builtin_expect(Lanes::any_above(shifted, running.shift), 0)) running.raise_shift(shifted);
   for (int i = 0; i < kVectors; ++i)
     for (int key = 0; key < kGroup; ++key) {
@@ -145,20 +150,28 @@ inline void insert_pending(TileState& state, Pending& pending, int k) {
   __builtin_memset(pending.count, 0, sizeof pending.count);
 }
 
-// Notes what beats the thresholds, in those groups of a block whose bits are set. Where and how many they are is what
-// the processor cannot predict, so they are first listed without a branch on either, and only their number is guessed.
+// Lists the places in a block, in those groups of it whose bits are set, of what lies above its query's bound. Where
+// and how many they are is what the processor cannot predict: no branch hangs on either.
+inline int list_places(
+    const float* logits, uint32_t groups, const typename Lanes::Vector (&bound)[kVectors], int32_t* places) {
+  int found = 0;
+  for (; groups; groups &= groups - 1) {
+    const int first = __builtin_ctz(groups) * kGroup * kTile;
+    for (int row = first; row < first + kGroup * kTile; row += kTile)
+      found = Lanes::list_above(logits + row, bound, row, places, found);
+  }
+  return found;
+}
+constexpr int kMaxPlaces = kBlock * kTile + kTile;  // list_places may write a row more than it finds
+
+// Notes what beats the thresholds, in those groups of a block whose bits are set.
 // Out of line, to leave the registers of the loop around it alone.
 __attribute__((noinline)) void append(
     TileState& state, Pending& pending, const float* logits, uint32_t groups, int32_t first_key, int k) {
   typename Lanes::Vector threshold[kVectors];
   for (int i = 0; i < kVectors; ++i) threshold[i] = Lanes::load(state.threshold + i * Lanes::kWidth);
-  int32_t places[kBlock * kTile + kTile];  // in the block, of what beats its threshold
-  int found = 0;
-  for (; groups; groups &= groups - 1) {
-    const int first = __builtin_ctz(groups) * kGroup * kTile;
-    for (int row = first; row < first + kGroup * kTile; row += kTile)
-      found = Lanes::list_above(logits + row, threshold, row, places, found);
-  }
+  int32_t places[kMaxPlaces];
+  const int found = list_places(logits, groups, threshold, places);
   for (int i = 0; i < found; ++i) {
     const int query = places[i] % kTile, note = pending.count[query]++;
     pending.logit[note][query] = logits[places[i]];

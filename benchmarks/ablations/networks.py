@@ -36,8 +36,9 @@ class WithoutBackground:
         boxes = self.model.decode(deltas.float()).flatten(1, 3)
         inside = inside_box(self.model, boxes[torch.arange(len(best)), best])[..., None]  # (B, M, 1)
         if self._wipe == "all":
-            in_tiles = self.key_width > self.model.config.key_dim
-            keys = split_keys(join_keys(keys) * inside) if in_tiles else keys * inside
+            laid_out = self.key_width > self.model.config.key_dim
+            keys = (join_keys(keys) if laid_out else keys).masked_fill(~inside, 0.0)
+            keys = split_keys(keys) if laid_out else keys
         return keys, values * inside
 
 

@@ -1,7 +1,9 @@
-"""float32 numbers as two of bfloat16, and retrieval over keys of such (csrc/retrieve_amx.cpp).
+"""float32 retrieval by bfloat16 products, over keys laid out for it, on the processors that gain by it.
 
-v = v_0 + v_1 with an error of 2^-17 v; a product of two is three of the four products of their parts,
-a_1 b_0 + a_0 b_0 + a_0 b_1, which matrix units for bfloat16 take far less time for than float32 takes.
+With AMX (csrc/retrieve_amx.cpp) a number is two of bfloat16, v = v_0 + v_1 with an error of 2^-17 v, and a
+product of two is three of the four products of their parts, a_1 b_0 + a_0 b_0 + a_0 b_1. With AVX512_BF16
+alone that would take more time than float32 does: there bfloat16 tells which few keys may be among the best,
+and those are multiplied in float32 (csrc/screen_bfloat16.h).
 """
 
 from __future__ import annotations
@@ -9,8 +11,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmv_fast.ops.backends import check_backend
+from dmv_fast.ops.backends import check_backend, cpu_kernel_runs
 from dmv_fast.ops.retrieve import retrieve_reference
+
+
+def takes_split() -> bool:
+    """Whether keys are two parts in tiles, as AMX takes them."""
+    return cpu_kernel_runs("retrieve_split_cpu")
+
+
+def takes_screened() -> bool:
+    """Whether keys are rows with a bfloat16 copy before them, as AVX512_BF16 takes them."""
+    return cpu_kernel_runs("retrieve_screened_cpu")
+
+
+def key_room(depth: int) -> tuple[int, torch.dtype]:
+    """How wide `split_keys` makes keys of that depth, and of which numbers."""
+    return (3 * depth // 2, torch.float32) if takes_screened() else (2 * depth, torch.bfloat16)
+
+
+# ---- AMX: two parts ----------------------------------------------------------------------------------
 
 
 def bfloat16_parts(x: Tensor) -> Tensor:
@@ -25,7 +45,7 @@ def split_rows(rows: Tensor) -> Tensor:
     return torch.cat(bfloat16_parts(rows).unbind(0), -1)
 
 
-def split_keys(rows: Tensor) -> Tensor:
+def split_tiles(rows: Tensor) -> Tensor:
     """Keys (B, N, D) float32, N a multiple of 16, D of 32 -> (B, N, 2 D) bfloat16 in tiles.
 
     16 keys lie together as (D / 32, 2 parts, 16, 32): what the matrix unit takes at once is one piece of
@@ -36,36 +56,76 @@ def split_keys(rows: Tensor) -> Tensor:
     return tiles.permute(1, 2, 4, 0, 3, 5).reshape(batch, count, 2 * depth)
 
 
-def join_keys(keys: Tensor) -> Tensor:
-    """What `split_keys` was given, within 2^-17 of it."""
+def join_tiles(keys: Tensor) -> Tensor:
+    """What `split_tiles` was given, within 2^-17 of it."""
     batch, count, width = keys.shape
     tiles = keys.float().view(batch, count // 16, width // 64, 2, 16, 32).sum(3)
     return tiles.transpose(2, 3).reshape(batch, count, width // 2)
+
+
+# ---- AVX512_BF16: a bfloat16 copy ----------------------------------------------------------------------
+
+
+def with_rounded(rows: Tensor) -> Tensor:
+    """(B, M, D) float32, D even -> (B, M, 3 D / 2): in bfloat16, two in the room of one; then as given."""
+    rows = rows.detach().float()
+    return torch.cat([rows.bfloat16().contiguous().view(torch.float32), rows], -1)
+
+
+def without_rounded(rows: Tensor) -> Tensor:
+    """What `with_rounded` was given, in the same memory."""
+    return rows[..., rows.shape[-1] // 3 :]
+
+
+# ---- either --------------------------------------------------------------------------------------------
+
+
+def split_keys(rows: Tensor) -> Tensor:
+    """Keys (B, N, D) float32, N and D multiples of 32, as `retrieve_split` takes them here, see `key_room`.
+
+    Any whole 32s of keys can be written in the place of others.
+    """
+    return with_rounded(rows) if takes_screened() else split_tiles(rows)
+
+
+def join_keys(keys: Tensor) -> Tensor:
+    """What `split_keys` was given, within 2^-17 of it."""
+    return without_rounded(keys) if takes_screened() else join_tiles(keys)
 
 
 def retrieve_split_reference(
     query: Tensor, keys: Tensor, k: int, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The specification of `retrieve_split`; that leaves out the products of two second parts."""
-    first, second = query.float().chunk(2, -1)
-    return retrieve_reference(first + second, join_keys(keys), k, valid)
+    return retrieve_reference(query, join_keys(keys), k, valid)
 
 
 def retrieve_split(
-    query: Tensor,  # (B, M, 2 D)
-    keys: Tensor,  # (B, N, 2 D)
+    query: Tensor,  # (B, M, D)
+    keys: Tensor,  # (B, N, width), see key_room
     k: int,
     *,
     valid: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ops.retrieve` over what `split_rows` and `split_keys` gave, on a CPU with AMX; without gradients.
+    """`ops.retrieve` over what `split_keys` gave, where `takes_split` or `takes_screened`; without gradients.
 
-    query, keys: (B, M, 2 D) and (B, N, 2 D) bfloat16, D a multiple of 32 up to 512, N of 32; k: 1 to 32.
-    valid: how many leading keys exist, None (all), an int, or an int32 tensor (B,), multiples of 32. Returns
-    scores (B, M, k) float32 and indices (B, M, k) int32, as retrieve.
+    Args:
+        query: (B, M, D) float32, D a multiple of 32 up to 512.
+        keys: N a multiple of 32 with AMX.
+        k: columns to return, 1 to 32.
+        valid: how many leading keys exist, None (all), an int, or an int32 tensor (B,); with AMX multiples
+            of 32.
 
-    Raises ValueError for valid or where the C++ extension is not there, RuntimeError naming another argument
-    or where the processor has no AMX.
+    Returns:
+        scores (B, M, k) float32 and indices (B, M, k) int32, as retrieve. Without AMX the set is an exact
+        top-k of the float32 logits, and the scores are exact to a factor that all of a query's have in
+        common: in the softmax's denominator the keys that cannot be among the k best keep their bfloat16
+        logit. That is off by 2^-7 |query| |key| at the very most, half of it where query and key are alike;
+        scores over their sum are as exact as retrieve's.
+
+    Raises:
+        ValueError: for valid, or where the C++ extension is not there.
+        RuntimeError: naming another argument, or where the processor has no such instructions.
     """
     check_backend("cpu", query.device.type)
     if isinstance(valid, int):
@@ -74,4 +134,7 @@ def retrieve_split(
         keys, valid = keys[:, :valid], None
     if keys.shape[1] == 0:
         return retrieve_split_reference(query, keys, k, valid)
-    return torch.ops.dmv_fast.retrieve_split_cpu.default(query, keys, k, valid)
+    if takes_screened():
+        halves = with_rounded(query).view(torch.bfloat16), keys.view(torch.bfloat16)
+        return torch.ops.dmv_fast.retrieve_screened_cpu.default(*halves, k, valid)
+    return torch.ops.dmv_fast.retrieve_split_cpu.default(split_rows(query), keys, k, valid)

@@ -12,8 +12,8 @@ from dmv_fast import ops
 from dmv_fast.model.dmv import DMV, Prediction
 from dmv_fast.model.head import BoxHead
 from dmv_fast.model.memory import ValueEncoder
-from dmv_fast.ops.split import retrieve_split, split_keys, split_rows
-from dmv_fast.runtime.convolution import Convolution, amx_runs, run_chain
+from dmv_fast.ops.split import key_room, retrieve_split, split_keys, takes_screened, takes_split
+from dmv_fast.runtime.convolution import Convolution, run_chain
 from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.rows import Projection, with_length
 from dmv_fast.runtime.trunk import Trunk
@@ -72,7 +72,8 @@ class FastNetwork:
     channels of its maps are room for what is retrieved, so that the head reads both as one map.
 
     split: of float32, the large products made of those of bfloat16 parts (see Convolution); keys are then
-    kept as two such parts (see ops.split).
+    kept as two such parts. Where bfloat16 serves the retrieval alone, keys are kept for that in any case (see
+    ops.split).
     """
 
     def __init__(
@@ -83,15 +84,19 @@ class FastNetwork:
         where = {"dtype": dtype, "device": device}
         weights = fold_vote(model.read)
         self.value_width = weights.value_in.shape[0]
-        wanted = split and backend in ("auto", "cpu")
-        self._split_keys = wanted and model.config.key_dim % 32 == 0 and amx_runs()
-        self.key_width = model.config.key_dim * (2 if self._split_keys else 1)
-        self.key_dtype = torch.bfloat16 if self._split_keys else dtype
+        cosine = model.read.similarity == "cosine"
+        self._split_keys = (
+            (dtype, device.type) == (torch.float32, "cpu")
+            and backend in ("auto", "cpu")
+            and model.config.key_dim % 32 == 0
+            and (split and takes_split() or cosine and takes_screened())
+        )
+        depth = model.config.key_dim
+        self.key_width, self.key_dtype = key_room(depth) if self._split_keys else (depth, dtype)
         self._trunk = Trunk(model.backbone, split=split, **where)
         self._vote = fused_vote(weights, split=split, **where)
         self._null = weights.null.to(device, dtype)
         self._query_in = Projection(weights.query_in, weights.query_bias, **where)
-        cosine = model.read.similarity == "cosine"
         self._temperature = float(model.read.log_temperature.exp()) if cosine else None
         self._head, bias = _fold_head(model.head, split=split, **where)
         self._head_bias = bias.float().to(device)[:, None, None]
@@ -118,10 +123,10 @@ class FastNetwork:
     # ---- predict's stages, apart so that each can be timed -------------------------------------------
 
     def match(self, maps: Tensor, keys: Tensor, k: int, valid: Tensor | int) -> tuple[Tensor, Tensor]:
-        """The K best keys of each location: ops.retrieve."""
+        """The K best keys of each location: ops.retrieve, or ops.split's."""
         query = self._unit(self._features(maps), self._temperature)
         if self._split_keys:
-            return retrieve_split(split_rows(query), keys, k, valid=valid)
+            return retrieve_split(query, keys, k, valid=valid)
         return ops.retrieve(query, keys, k, valid=valid, backend=self._backend)
 
     def gather(self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor) -> Tensor:

@@ -1,0 +1,185 @@
+"""float32 retrieval that bfloat16 products screen the keys for: exact wherever those mislead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference_retrieval import assert_exact, exact_logits, require
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmv_fast import ops
+from dmv_fast.model.dmv import DMV, DMVConfig
+from dmv_fast.ops.split import retrieve_split, takes_screened, with_rounded
+from dmv_fast.runtime.network import FastNetwork
+
+UNIT = 2.0**-8  # what rounding to bfloat16 changes a number by at most
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_require(monkeypatch):
+    require("cpu:avx512_bf16")
+    monkeypatch.setenv("DMV_FAST_CPU_ISA", "avx512_bf16")
+    torch.manual_seed(0)
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(shape), dim=-1)
+
+
+def check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None = None) -> Tensor:
+    """The set and the ratios of the scores are float32's, their common factor nearly; returns the indices."""
+    scores, indices = retrieve_split(query, with_rounded(keys), k, valid=valid)
+    logits = exact_logits(query, keys, valid)
+    exact = torch.exp(logits - logits.logsumexp(-1, keepdim=True)).gather(-1, indices.long() + 1)
+    exact = exact.masked_fill(torch.arange(k) >= (logits > -torch.inf).sum(-1, keepdim=True), 0.0)
+    factor = exact.sum(-1, keepdim=True) / scores.double().sum(-1, keepdim=True)
+    longest = keys.double().norm(dim=-1).amax(-1)[:, None, None]
+    bound = 2.1 * UNIT * query.double().norm(dim=-1, keepdim=True) * longest
+    assert (factor.log().abs() <= bound + 1e-5).all() and (scores <= 1 + 1e-6).all()
+    assert_exact(query, keys, k, (scores * factor).float(), indices, valid)
+    return indices
+
+
+@pytest.mark.parametrize("k", [1, 4, 7, 32])
+@pytest.mark.parametrize(
+    "batch, m, n, depth", [(1, 70, 2000, 256), (3, 33, 333, 32), (2, 5, 1300, 512), (1, 1, 5, 96)]
+)
+def test_random_rows(batch, m, n, depth, k):
+    query, keys = 12 * unit(batch, m, depth), unit(batch, n, depth)
+    check(query, keys, k)
+    check(query, keys, k, n // 3)
+    check(query, keys, k, torch.randint(0, n + 1, (batch,), dtype=torch.int32))
+
+
+@pytest.mark.parametrize("k", [1, 4, 32])
+@pytest.mark.parametrize("distinct", [1, 3, 50])
+def test_many_copies_nearly_alike(distinct, k):
+    """So that hundreds of keys pass the screen: in some blocks a few, in others all of them."""
+    originals = unit(1, distinct, 256)
+    keys = originals[:, torch.randint(distinct, (1500,))] + 1e-4 * torch.randn(1, 1500, 256)
+    check(12 * keys[:, :60] + 1e-3 * torch.randn(1, 60, 256), keys, k)
+
+
+@pytest.mark.parametrize("k", [1, 4, 32])
+def test_of_equals_the_smaller_index_comes_first(k):
+    query, keys = torch.full((1, 3, 64), 0.25), torch.full((1, 777, 64), 0.5)
+    assert torch.equal(check(query, keys, k), torch.arange(k, dtype=torch.int32).expand(1, 3, k))
+
+
+@pytest.mark.parametrize("k", [1, 4, 32])
+def test_rounding_at_its_worst(k):
+    """The best keys' products, last to come, lose nearly all that rounding can take; those before gain."""
+    depth, n = 128, 1600
+    worse = torch.full((depth,), 1 + 0.9 * UNIT)
+    worse[::2] = 1 + 1.01 * UNIT
+    keys = worse.repeat(1, n, 1)
+    keys[:, -k:] = 1 + 0.99 * UNIT
+    query = torch.full((1, 40, depth), (1 + 0.99 * UNIT) / 4)
+    rough = query.bfloat16().float() @ keys.bfloat16().float().mT
+    assert (rough[..., -k:].amax(-1) < rough[..., :-k].amin(-1) * (1 - 0.9 * UNIT)).all()
+    assert (check(query, keys, k) >= n - k).all()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_each_key_better_or_worse_than_the_one_before(flip):
+    keys = torch.linspace(0.9, 1.1, 2600).view(1, 2600, 1) * unit(1, 1, 64)
+    query = 3 * keys[:, 1000:1001] + 0.01 * torch.randn(1, 35, 64)
+    check(query, keys.flip(1) if flip else keys, 4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e25])
+def test_rows_of_any_length(scale):
+    """Squares that float32 does not hold, and keys a million times as long as others."""
+    query, keys = unit(2, 40, 64) / scale, unit(2, 900, 64) * torch.logspace(-5, 1, 900)[:, None] * scale
+    check(query, keys, 4)
+    check(query, keys.flip(1), 4)
+    query[0, 3], keys[:, 100:200] = 0, 0
+    check(query, keys, 4)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_bad_row_keeps_to_itself(poison):
+    query, keys = unit(2, 40, 64), unit(2, 1200, 64)
+    clean = retrieve_split(query, with_rounded(keys), 4)
+    bad = query.clone()
+    bad[0, 7, 3] = poison
+    scores, indices = retrieve_split(bad, with_rounded(keys), 4)
+    assert scores[0, 7].isnan().any() and (indices >= -1).all() and (indices < 1200).all()
+    scores[0, 7], indices[0, 7] = clean[0][0, 7], clean[1][0, 7]
+    assert torch.equal(scores, clean[0]) and torch.equal(indices, clean[1])
+
+    bad = keys.clone()
+    bad[1, 1190, 5] = poison
+    scores, indices = retrieve_split(query, with_rounded(bad), 4)
+    reached = query[1, :, 5] > 0 if poison == torch.inf else torch.ones(40, dtype=torch.bool)
+    assert scores[1, reached].isnan().any(-1).all()
+    assert torch.equal(scores[0], clean[0][0]) and torch.equal(indices[0], clean[1][0])
+    expected = ops.retrieve(query, bad, 4, backend="cpu")[1]
+    assert torch.equal(indices[1, ~reached], expected[1, ~reached])
+
+
+def test_same_bits_however_the_work_is_split():
+    """Neither threads, nor the tiles of a call, nor what lies behind `valid` or between rows change a bit."""
+    query, keys = 12 * unit(3, 200, 64), unit(3, 1300, 64)
+    keys[1] = keys[1, :1] + 1e-4 * torch.randn(1300, 64)
+    laid = with_rounded(keys)
+    scores, indices = retrieve_split(query, laid, 8)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            again = retrieve_split(query, laid, 8)
+            assert torch.equal(again[0], scores) and torch.equal(again[1], indices)
+    finally:
+        torch.set_num_threads(threads)
+    part = retrieve_split(query[1:2, 64:96], laid[1:2], 8)
+    assert torch.equal(part[0], scores[1:2, 64:96]) and torch.equal(part[1], indices[1:2, 64:96])
+    bank = torch.full((3, 1700, 100), torch.nan)
+    bank[:, :1300, :96] = laid
+    for limit in (1300, torch.full((3,), 1300, dtype=torch.int32)):
+        again = retrieve_split(query, bank[..., :96], 8, valid=limit)
+        assert torch.equal(again[0], scores) and torch.equal(again[1], indices)
+
+
+def test_wrong_rows_are_refused():
+    query, keys = unit(1, 4, 64), with_rounded(unit(1, 64, 64))
+    for bad in (query[..., :48], query[0]):
+        with pytest.raises(RuntimeError, match="query: should be bfloat16 .B, M, 3 D., D a multiple of 32"):
+            retrieve_split(bad, keys, 4)
+    with pytest.raises(RuntimeError, match="keys: should be"):
+        retrieve_split(query, keys[..., :64], 4)
+    with pytest.raises(RuntimeError, match="valid: should lie in 0..N"):
+        retrieve_split(query, keys, 4, valid=torch.tensor([65], dtype=torch.int32))
+    with pytest.raises(ValueError, match="valid: is 65, it should be 0..64"):
+        retrieve_split(query, keys, 4, valid=65)
+    with pytest.raises(RuntimeError, match="k: should be 1..32"):
+        retrieve_split(query, keys, 33)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "generic"])
+def test_other_instruction_sets_have_none(monkeypatch, isa):
+    monkeypatch.setenv("DMV_FAST_CPU_ISA", isa)
+    assert not takes_screened()
+    with pytest.raises(RuntimeError, match="retrieve_screened_cpu: avx512_bf16 is not"):
+        torch.ops.dmv_fast.retrieve_screened_cpu(torch.zeros(1, 1, 96), torch.zeros(1, 1, 96), 1, None)
+
+
+@pytest.fixture(scope="module")
+def model() -> DMV:
+    return DMV(DMVConfig()).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "change, width", [({}, 384), ({"backend": "reference"}, 256), ({"dtype": torch.bfloat16}, 256)]
+)
+def test_network_keeps_keys_for_it_in_float32(model, change, width):
+    arguments = {"dtype": torch.float32, "device": torch.device("cpu"), "backend": "auto"} | change
+    network = FastNetwork(model, **arguments)
+    maps = network.new_maps(1).normal_()
+    with torch.inference_mode():
+        keys, _ = network.remember(maps, *model.exact_maps(torch.tensor([[96.0, 90.0, 64.0, 70.0]])))
+        _, indices = network.match(maps, keys, 1, 256)
+    assert keys.shape[-1] == network.key_width == width and keys.dtype == network.key_dtype
+    own = torch.arange(256, dtype=torch.int32)
+    assert torch.equal(indices.flatten(), own)
