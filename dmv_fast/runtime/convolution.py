@@ -201,8 +201,8 @@ def _winograd_points(weight: Tensor) -> Tensor:
     # Lagrange's denominators: the product of a point's distances to the other four
     shares = torch.tensor([1, -2 / 3, -2 / 3, 1 / 6, 1 / 6], dtype=torch.float64)
     g = torch.cat([torch.stack([at**0, at, at**2], 1) * shares[:, None], torch.tensor([[0.0, 0.0, 1.0]])])
-    points = torch.einsum("ia,ocab,jb->ijoc", g, weight.detach().double(), g).float()
-    return points.flatten(0, 1).unflatten(1, (-1, 32)).transpose(2, 3).contiguous()
+    points = torch.kron(g, g) @ weight.detach().double().flatten(2).flatten(0, 1).T  # (36, C_out * C_in)
+    return points.float().view(36, -1, 32, weight.shape[1]).transpose(2, 3).contiguous()
 
 
 def _ungrouped(weight: Tensor, groups: int) -> Tensor:
