@@ -1,8 +1,10 @@
-// 3 x 3 convolution by Winograd's F(4 x 4, 3 x 3): out = A' [(G w G') * (B' x B)] A, in float32.
+// 3 x 3 convolution by Winograd's minimal filtering: out = A' [(G w G') * (B' x B)] A, in float32.
 //
-// Six by six pixels of x make four by four of out with 36 products a pair of channels, where the sum itself has 144.
-// With points 0, +-sqrt(1/2), +-sqrt(2) and infinity the rounding stays near that of the sum: 1e-6 of the largest
-// number. A dilation of d makes d * d maps of every d-th pixel, each cut into tiles by itself. Wants a `Lanes` before it.
+// Four by four pixels of out take 36 products a pair of channels, F(4 x 4, 3 x 3), where the sum itself has 144. With a
+// stride of 2 they take 81: of nine pixels in a row the five even ones meet two taps, F(4, 2), and the four odd ones the
+// third tap alone. With points at 0, +-sqrt(1/2), +-sqrt(2) and infinity (0 only for three taps) the rounding stays near
+// that of the sum: 1e-6 of the largest number. A dilation of d makes d * d maps of every d-th pixel, each cut into tiles
+// by itself. Wants a `Lanes` before it.
 #pragma once
 
 #include "conv_winograd_cpu.h"
@@ -15,55 +17,99 @@ constexpr int kWidth = Lanes::kWidth;
 constexpr int kRowsTogether = kWidth == 16 ? 8 : 4;  // times two vectors of channels: sums enough to hide the latency
 constexpr float kRoot = 1.41421356f, kHalfRoot = 0.70710678f;
 
-// B' x: put(i, its i-th number) for each of six.
-template <class Put>
-inline void to_points(const Vector (&x)[6], Put&& put) {
-  const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f), root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
-  const Vector high = Lanes::subtract(x[4], Lanes::multiply(two, x[2]));
-  const Vector low = Lanes::subtract(x[4], Lanes::multiply(half, x[2]));
-  const Vector a = Lanes::multiply_subtract(half_root, x[3], Lanes::multiply(root, x[1]));
-  const Vector b = Lanes::multiply_subtract(root, x[3], Lanes::multiply(half_root, x[1]));
-  put(0, Lanes::multiply_add(Lanes::fill(-2.5f), x[2], Lanes::add(x[0], x[4])));
-  put(1, Lanes::add(high, a));
-  put(2, Lanes::subtract(high, a));
-  put(3, Lanes::add(low, b));
-  put(4, Lanes::subtract(low, b));
-  put(5, Lanes::multiply_add(Lanes::fill(-2.5f), x[3], Lanes::add(x[1], x[5])));
-}
+// B' x, A' m of a stride.
+template <int kStride>
+struct Row;
 
-// A' m: put(i, its i-th number) for each of four.
-template <class Put>
-inline void from_points(const Vector (&m)[6], Put&& put) {
-  const Vector even_a = Lanes::add(m[1], m[2]), odd_a = Lanes::subtract(m[1], m[2]);
-  const Vector even_b = Lanes::add(m[3], m[4]), odd_b = Lanes::subtract(m[3], m[4]);
-  const Vector rest = Lanes::multiply_add(Lanes::fill(2 * kRoot), odd_b, m[5]);
-  put(0, Lanes::add(m[0], Lanes::add(even_a, even_b)));
-  put(1, Lanes::multiply_add(Lanes::fill(kHalfRoot), odd_a, Lanes::multiply(Lanes::fill(kRoot), odd_b)));
-  put(2, Lanes::multiply_add(Lanes::fill(0.5f), even_a, Lanes::multiply(Lanes::fill(2), even_b)));
-  put(3, Lanes::multiply_add(Lanes::fill(kHalfRoot / 2), odd_a, rest));
-}
+template <>
+struct Row<1> {
+  static constexpr int kPoints = 6;
 
-// Tiles first..last of x, as points of their own: [36][tiles][channels].
+  // put(i, i-th number of B' x)
+  template <class Put>
+  static void to_points(const Vector (&x)[6], Put&& put) {
+    const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f), root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
+    const Vector high = Lanes::subtract(x[4], Lanes::multiply(two, x[2]));
+    const Vector low = Lanes::subtract(x[4], Lanes::multiply(half, x[2]));
+    const Vector a = Lanes::multiply_subtract(half_root, x[3], Lanes::multiply(root, x[1]));
+    const Vector b = Lanes::multiply_subtract(root, x[3], Lanes::multiply(half_root, x[1]));
+    put(0, Lanes::multiply_add(Lanes::fill(-2.5f), x[2], Lanes::add(x[0], x[4])));
+    put(1, Lanes::add(high, a));
+    put(2, Lanes::subtract(high, a));
+    put(3, Lanes::add(low, b));
+    put(4, Lanes::subtract(low, b));
+    put(5, Lanes::multiply_add(Lanes::fill(-2.5f), x[3], Lanes::add(x[1], x[5])));
+  }
+
+  // put(i, i-th number of A' m)
+  template <class Put>
+  static void from_points(const Vector (&m)[6], Put&& put) {
+    const Vector even_a = Lanes::add(m[1], m[2]), odd_a = Lanes::subtract(m[1], m[2]);
+    const Vector even_b = Lanes::add(m[3], m[4]), odd_b = Lanes::subtract(m[3], m[4]);
+    const Vector rest = Lanes::multiply_add(Lanes::fill(2 * kRoot), odd_b, m[5]);
+    put(0, Lanes::add(m[0], Lanes::add(even_a, even_b)));
+    put(1, Lanes::multiply_add(Lanes::fill(kHalfRoot), odd_a, Lanes::multiply(Lanes::fill(kRoot), odd_b)));
+    put(2, Lanes::multiply_add(Lanes::fill(0.5f), even_a, Lanes::multiply(Lanes::fill(2), even_b)));
+    put(3, Lanes::multiply_add(Lanes::fill(kHalfRoot / 2), odd_a, rest));
+  }
+};
+
+template <>
+struct Row<2> {
+  static constexpr int kPoints = 9;
+
+  template <class Put>
+  static void to_points(const Vector (&x)[9], Put&& put) {
+    const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f), root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
+    const Vector high = Lanes::subtract(x[6], Lanes::multiply(two, x[2]));
+    const Vector low = Lanes::subtract(x[6], Lanes::multiply(half, x[2]));
+    const Vector a = Lanes::multiply_subtract(half_root, x[4], Lanes::multiply(root, x[0]));
+    const Vector b = Lanes::multiply_subtract(root, x[4], Lanes::multiply(half_root, x[0]));
+    put(0, Lanes::add(high, a));
+    put(1, Lanes::subtract(high, a));
+    put(2, Lanes::add(low, b));
+    put(3, Lanes::subtract(low, b));
+    put(4, Lanes::multiply_add(Lanes::fill(-2.5f), x[4], Lanes::add(x[0], x[8])));
+    for (int i = 0; i < 4; ++i) put(5 + i, x[2 * i + 1]);
+  }
+
+  template <class Put>
+  static void from_points(const Vector (&m)[9], Put&& put) {
+    const Vector even_a = Lanes::add(m[0], m[1]), odd_a = Lanes::subtract(m[0], m[1]);
+    const Vector even_b = Lanes::add(m[2], m[3]), odd_b = Lanes::subtract(m[2], m[3]);
+    const Vector third = Lanes::multiply_add(Lanes::fill(2), even_b, m[7]);
+    const Vector fourth = Lanes::multiply_add(Lanes::fill(2 * kRoot), odd_b, Lanes::add(m[4], m[8]));
+    put(0, Lanes::add(m[5], Lanes::add(even_a, even_b)));
+    put(1, Lanes::multiply_add(Lanes::fill(kHalfRoot), odd_a, Lanes::multiply_add(Lanes::fill(kRoot), odd_b, m[6])));
+    put(2, Lanes::multiply_add(Lanes::fill(0.5f), even_a, third));
+    put(3, Lanes::multiply_add(Lanes::fill(kHalfRoot / 2), odd_a, fourth));
+  }
+};
+
+// Tiles first..last of x, as points of their own: [points][tiles][channels].
+template <int kStride>
 void tiles_to_points(const Winograd& c, int64_t first, int64_t last, int64_t from_tile) {
+  constexpr int kSide = Row<kStride>::kPoints;
   for (int64_t tile = first; tile < last; ++tile) {
     const TilePlace place = c.place(tile);
-    const float* pixels[36];
-    for (int i = 0; i < 36; ++i) {
-      const int64_t y = place.y - c.padding + i / 6 * c.dilation, x = place.x - c.padding + i % 6 * c.dilation;
+    const float* pixels[kSide * kSide];
+    for (int i = 0; i < kSide * kSide; ++i) {
+      const int64_t y = place.y * kStride - c.padding + i / kSide * c.dilation;
+      const int64_t x = place.x * kStride - c.padding + i % kSide * c.dilation;
       const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width && tile < c.tiles();
       pixels[i] = inside ? c.x + ((place.crop * c.height + y) * c.width + x) * c.c_in : c.zeros;
     }
     float* const to = c.points + (tile - from_tile) * c.pitch_in();
     for (int64_t k = 0; k < c.c_in; k += kWidth) {
-      Vector half[6][6];
-      for (int column = 0; column < 6; ++column) {
-        Vector x[6];
-        for (int row = 0; row < 6; ++row) x[row] = Lanes::load(pixels[row * 6 + column] + k);
-        to_points(x, [&](int row, Vector value) { half[row][column] = value; });
+      Vector half[kSide][kSide];
+      for (int column = 0; column < kSide; ++column) {
+        Vector x[kSide];
+        for (int row = 0; row < kSide; ++row) x[row] = Lanes::load(pixels[row * kSide + column] + k);
+        Row<kStride>::to_points(x, [&](int row, Vector value) { half[row][column] = value; });
       }
-      for (int row = 0; row < 6; ++row)
-        to_points(half[row], [&](int column, Vector value) {
-          Lanes::store(to + (row * 6 + column) * c.plane_in() + k, value);
+      for (int row = 0; row < kSide; ++row)
+        Row<kStride>::to_points(half[row], [&](int column, Vector value) {
+          Lanes::store(to + (row * kSide + column) * c.plane_in() + k, value);
         });
     }
   }
@@ -87,13 +133,15 @@ inline void product(const float* a, int64_t pitch, const float* b, int64_t depth
   }
 }
 
-// Units first..last of the products: a unit is one of the 36 points and 32 channels of out, over `tiles` tiles.
+// Units first..last of the products: a unit is one of the points and 32 channels of out, over `tiles` tiles. Of nine
+// points in a row the last four have the third tap's weights.
 void multiply_points(const Winograd& c, int64_t first, int64_t last, int64_t tiles) {
   const int64_t panels = c.c_out / kPanel, per_group = panels / c.groups, depth = c.c_in / c.groups;
   for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t point = unit / panels, panel = unit % panels;
+    const int64_t point = unit / panels, panel = unit % panels, side = c.points_across();
+    const int64_t row = point / side < 5 ? point / side : 5, column = point % side < 5 ? point % side : 5;
     const float* const a = c.points + point * c.plane_in() + panel / per_group * depth;
-    const float* const b = c.weight + unit * depth * kPanel;
+    const float* const b = c.weight + ((row * 6 + column) * panels + panel) * depth * kPanel;
     float* const sums = c.sums + point * c.plane_out() + panel * kPanel;
     for (int64_t tile = 0; tile < tiles; tile += kRowsTogether)
       for (int64_t half = 0; half < kPanel; half += 2 * kWidth)
@@ -102,21 +150,23 @@ void multiply_points(const Winograd& c, int64_t first, int64_t last, int64_t til
 }
 
 // The sums of tiles first..last to pixels of out, with bias, what they are added to, and the rectifier.
+template <int kStride>
 void points_to_tiles(const Winograd& c, int64_t first, int64_t last, int64_t from_tile) {
+  constexpr int kSide = Row<kStride>::kPoints;
   const Vector floor = Lanes::fill(c.relu ? 0.0f : -__builtin_inff());
   for (int64_t tile = first; tile < last; ++tile) {
     const TilePlace place = c.place(tile);
     const float* const from = c.sums + (tile - from_tile) * c.pitch_out();
     for (int64_t k = 0; k < c.c_out; k += kWidth) {
-      Vector half[4][6];
-      for (int column = 0; column < 6; ++column) {
-        Vector m[6];
-        for (int row = 0; row < 6; ++row) m[row] = Lanes::load(from + (row * 6 + column) * c.plane_out() + k);
-        from_points(m, [&](int row, Vector value) { half[row][column] = value; });
+      Vector half[4][kSide];
+      for (int column = 0; column < kSide; ++column) {
+        Vector m[kSide];
+        for (int row = 0; row < kSide; ++row) m[row] = Lanes::load(from + (row * kSide + column) * c.plane_out() + k);
+        Row<kStride>::from_points(m, [&](int row, Vector value) { half[row][column] = value; });
       }
       const Vector bias = Lanes::load(c.bias + k);
       for (int row = 0; row < 4; ++row)
-        from_points(half[row], [&](int column, Vector value) {
+        Row<kStride>::from_points(half[row], [&](int column, Vector value) {
           const int64_t y = place.y + row * c.dilation, x = place.x + column * c.dilation;
           if (y >= c.rows || x >= c.columns) return;
           float* const to = c.out + ((place.crop * c.rows + y) * c.columns + x) * c.c_out + k;
@@ -128,7 +178,10 @@ void points_to_tiles(const Winograd& c, int64_t first, int64_t last, int64_t fro
   }
 }
 
-constexpr WinogradSteps kWinogradSteps{tiles_to_points, multiply_points, points_to_tiles};
+template <int kStride>
+constexpr WinogradSteps kSteps{tiles_to_points<kStride>, multiply_points, points_to_tiles<kStride>};
+
+WinogradSteps steps_of(int64_t stride) { return stride == 1 ? kSteps<1> : kSteps<2>; }
 
 }  // namespace
 }  // namespace dmv_fast

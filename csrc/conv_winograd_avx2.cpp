@@ -10,7 +10,7 @@ DMV_TARGET_BEGIN("avx2,fma")
 
 namespace dmv_fast {
 
-WinogradSteps winograd_avx2() { return kWinogradSteps; }
+WinogradSteps winograd_avx2(int64_t stride) { return steps_of(stride); }
 
 }  // namespace dmv_fast
 DMV_TARGET_END

@@ -11,7 +11,7 @@ DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt")
 
 namespace dmv_fast {
 
-WinogradSteps winograd_avx512() { return kWinogradSteps; }
+WinogradSteps winograd_avx512(int64_t stride) { return steps_of(stride); }
 
 }  // namespace dmv_fast
 DMV_TARGET_END

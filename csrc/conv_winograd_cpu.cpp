@@ -22,9 +22,9 @@ constexpr int64_t kSharedRoom = 8 << 20;    // ... and that all threads share wh
 
 bool convolve_winograd_cpu_runs() { return allowed(Isa::avx2); }
 
-WinogradSteps steps() {
+WinogradSteps steps_of(int64_t stride) {
 #ifdef DMV_X86
-  return allowed(Isa::avx512) ? winograd_avx512() : winograd_avx2();
+  return allowed(Isa::avx512) ? winograd_avx512(stride) : winograd_avx2(stride);
 #else
   return {};
 #endif
@@ -32,9 +32,9 @@ WinogradSteps steps() {
 
 // Room for as many tiles as fit into so many bytes, from the calling thread's own.
 void make_room(Winograd& c, int64_t tiles, int64_t bytes) {
-  const int64_t most = bytes / int64_t(sizeof(float)) / kPoints / (c.pitch_in() + c.pitch_out()) / kTileStep * kTileStep;
-  c.together = std::min(tiles, std::max(kTileStep, most));
-  const int64_t points = kPoints * c.plane_in(), sums = kPoints * c.plane_out();
+  const int64_t a_tile = c.points_of_all() * (c.pitch_in() + c.pitch_out()) * int64_t(sizeof(float));
+  c.together = std::min(tiles, std::max(kTileStep, bytes / a_tile / kTileStep * kTileStep));
+  const int64_t points = c.points_of_all() * c.plane_in(), sums = c.points_of_all() * c.plane_out();
   c.points = reinterpret_cast<float*>(room_of((points + sums + c.c_in) * 2));
   c.sums = c.points + points;
   std::fill_n(c.sums + sums, c.c_in, 0.0f);
@@ -45,7 +45,7 @@ void make_room(Winograd& c, int64_t tiles, int64_t bytes) {
 void run_by_tiles(const Winograd& call, const WinogradSteps& step, int64_t tiles) {
   torch::stable::parallel_for(0, tiles / kTileStep, 1, [&](int64_t begin, int64_t end) {
     Winograd c = call;
-    const int64_t units = kPoints * (c.c_out / kPanel), last = end * kTileStep;
+    const int64_t units = c.points_of_all() * (c.c_out / kPanel), last = end * kTileStep;
     make_room(c, last - begin * kTileStep, kOwnRoom);
     for (int64_t from = begin * kTileStep, until; from < last; from = until) {
       until = std::min(from + c.together, last);
@@ -64,7 +64,7 @@ void run_by_steps(Winograd& c, const WinogradSteps& step, int64_t tiles) {
     torch::stable::parallel_for(from, until, 1, [&](int64_t first, int64_t last) {
       step.tiles_to_points(c, first, last, from);
     });
-    torch::stable::parallel_for(0, kPoints * (c.c_out / kPanel), 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, c.points_of_all() * (c.c_out / kPanel), 1, [&](int64_t first, int64_t last) {
       step.multiply_points(c, first, last, until - from);
     });
     torch::stable::parallel_for(from, std::min(until, c.tiles()), 1, [&](int64_t first, int64_t last) {
@@ -75,11 +75,11 @@ void run_by_steps(Winograd& c, const WinogradSteps& step, int64_t tiles) {
 
 void run(Winograd& c) {
   const int64_t tiles = (c.tiles() + kTileStep - 1) / kTileStep * kTileStep;
-  const bool small = kPoints * c.c_out * (c.c_in / c.groups) * int64_t(sizeof(float)) <= kSmallWeights;
+  const bool small = kWeights * c.c_out * (c.c_in / c.groups) * int64_t(sizeof(float)) <= kSmallWeights;
   if (small)
-    run_by_tiles(c, steps(), tiles);
+    run_by_tiles(c, steps_of(c.stride), tiles);
   else
-    run_by_steps(c, steps(), tiles);
+    run_by_steps(c, steps_of(c.stride), tiles);
 }
 
 void convolve_winograd_cpu(
@@ -88,24 +88,27 @@ void convolve_winograd_cpu(
     const Tensor& bias,    // [C_out]
     Tensor out,            // [B, h, w, C_out]
     bool add,              // to what is in out
-    bool relu, int64_t padding, int64_t dilation, int64_t groups)
+    bool relu, int64_t stride, int64_t padding, int64_t dilation, int64_t groups)
 {
   STD_TORCH_CHECK(
       convolve_winograd_cpu_runs(), "convolve_winograd_cpu: this processor has no AVX2, or DMV_FAST_CPU_ISA names less");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: should be (B, H, W, C)");
   STD_TORCH_CHECK(
       padding >= 0 && dilation >= 1 && groups >= 1, "dilation and groups should be 1 or more, padding 0 or more");
+  STD_TORCH_CHECK(stride == 1 || (stride == 2 && dilation == 1), "stride: should be 1, or 2 without dilation");
   Winograd c;
   c.crops = x.size(0), c.height = x.size(1), c.width = x.size(2), c.c_in = x.size(3);
-  c.c_out = bias.numel(), c.groups = groups, c.padding = padding, c.dilation = dilation;
-  c.rows = c.height + 2 * padding - 2 * dilation, c.columns = c.width + 2 * padding - 2 * dilation;
+  c.c_out = bias.numel(), c.groups = groups;
+  c.stride = stride, c.padding = padding, c.dilation = dilation;
+  const int64_t beyond = 2 * padding - 2 * dilation - 1;
+  STD_TORCH_CHECK(c.height + beyond >= 0 && c.width + beyond >= 0, "x: smaller than the kernel");
+  c.rows = (c.height + beyond) / stride + 1, c.columns = (c.width + beyond) / stride + 1;
   c.add = add, c.relu = relu;
   STD_TORCH_CHECK(
       c.c_in % (16 * groups) == 0 && c.c_out % (kPanel * groups) == 0,
       "x, bias: their channels should be multiples of 16 and of 32 in each group");
-  STD_TORCH_CHECK(c.rows > 0 && c.columns > 0, "x: smaller than the kernel");
   c.x = checked<float>(x, "x", ScalarType::Float, x.numel());
-  c.weight = checked<float>(weight, "weight", ScalarType::Float, kPoints * c.c_out * (c.c_in / groups));
+  c.weight = checked<float>(weight, "weight", ScalarType::Float, kWeights * c.c_out * (c.c_in / groups));
   c.bias = checked<float>(bias, "bias", ScalarType::Float, c.c_out);
   STD_TORCH_CHECK(
       out.size(0) == c.crops && out.size(1) == c.rows && out.size(2) == c.columns, "out: should be (", c.crops, ", ",
@@ -120,8 +123,8 @@ void convolve_winograd_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
   library.def(
-      "convolve_winograd_cpu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) out, bool add, bool relu, int padding,"
-      " int dilation, int groups) -> ()");
+      "convolve_winograd_cpu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) out, bool add, bool relu, int stride,"
+      " int padding, int dilation, int groups) -> ()");
   library.def("convolve_winograd_cpu_runs() -> bool");
 }
 

@@ -39,7 +39,7 @@ class Convolution:
     end; our own kernel does always, and leaves the scale out of the weights.
     split: of dtype float32, each number as two of bfloat16, three of whose four products are summed, and two
     where the weights are bfloat16 numbers; what our own kernel does not take (channels in other than 32s)
-    stays plain float32. That is Winograd's where it is 3 x 3 of stride 1 (csrc/conv_winograd.h).
+    stays plain float32. That is Winograd's where it is 3 x 3 (csrc/conv_winograd.h).
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Convolution:
             self._wide_bias = torch.zeros(c_out) if bias is None else bias.detach().float()
             return
         weight = weight if scale is None else scaled(weight, scale)
-        if on_cpu and dtype == torch.float32 and _suits_winograd(weight, stride, groups):
-            self._run, self._weight = self._winograd, _winograd_points(weight)
+        if on_cpu and dtype == torch.float32 and _suits_winograd(weight, stride, dilation, groups):
+            self._run, self._weight = self._winograd, _winograd_points(weight, stride)
             self._wide_bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
             return
         if gpu and groups > 1:
@@ -100,15 +100,16 @@ class Convolution:
         return out.permute(0, 3, 1, 2)
 
     def _winograd(self, x: Tensor, onto: Tensor | None) -> Tensor:
-        (padding, _), _, (dilation, _), groups = self._geometry
+        (padding, _), (stride, _), (dilation, _), groups = self._geometry
         x, add = x.permute(0, 2, 3, 1).contiguous(), onto is not None
         if onto is None:
-            size = (length + 2 * (padding - dilation) for length in x.shape[1:3])
+            size = ((length + 2 * (padding - dilation) - 1) // stride + 1 for length in x.shape[1:3])
             out = x.new_empty(len(x), *size, len(self._wide_bias))
         else:
             out = onto.permute(0, 2, 3, 1).contiguous()
+        geometry = (stride, padding, dilation, groups)
         torch.ops.dmv_fast.convolve_winograd_cpu.default(
-            x, self._weight, self._wide_bias, out, add, self._relu or add, padding, dilation, groups
+            x, self._weight, self._wide_bias, out, add, self._relu or add, *geometry
         )
         return out.permute(0, 3, 1, 2)
 
@@ -187,22 +188,33 @@ def _amx_tiles(weight: Tensor, split: bool) -> Tensor:
     return blocks.permute(1, 7, 4, 8, 0, 2, 5, 3, 6).contiguous()
 
 
-def _suits_winograd(weight: Tensor, stride: int, groups: int) -> bool:
-    """Whether Winograd's convolution takes this one: 3 x 3 of stride 1."""
+def _suits_winograd(weight: Tensor, stride: int, dilation: int, groups: int) -> bool:
+    """Whether Winograd's convolution takes this one: 3 x 3, not dilated where it strides."""
     c_out, c_in, *size = weight.shape
+    steps = stride == 1 or (stride, dilation) == (2, 1)
     whole = c_in % 16 == 0 and c_out % (32 * groups) == 0
-    return size == [3, 3] and stride == 1 and whole and cpu_kernel_runs("convolve_winograd_cpu")
+    return size == [3, 3] and steps and whole and cpu_kernel_runs("convolve_winograd_cpu")
 
 
-def _winograd_points(weight: Tensor) -> Tensor:
+def _winograd_points(weight: Tensor, stride: int) -> Tensor:
     """(C_out, C_in, 3, 3) -> G w G' (36, C_out / 32, C_in, 32), see csrc/conv_winograd.h."""
-    root = math.sqrt(2)
-    at = torch.tensor([0, root / 2, -root / 2, root, -root], dtype=torch.float64)
-    # Lagrange's denominators: the product of a point's distances to the other four
-    shares = torch.tensor([1, -2 / 3, -2 / 3, 1 / 6, 1 / 6], dtype=torch.float64)
-    g = torch.cat([torch.stack([at**0, at, at**2], 1) * shares[:, None], torch.tensor([[0.0, 0.0, 1.0]])])
-    points = torch.kron(g, g) @ weight.detach().double().flatten(2).flatten(0, 1).T  # (36, C_out * C_in)
-    return points.float().view(36, -1, 32, weight.shape[1]).transpose(2, 3).contiguous()
+    points = [root * sign for root in (math.sqrt(0.5), math.sqrt(2)) for sign in (1, -1)]
+    taps = [0, 1, 2]
+    if stride == 1:
+        points = [0.0, *points]
+    else:
+        taps = [0, 2]
+    # A point's row is the taps' polynomial there, divided by the product of its distances to the others.
+    g = torch.zeros(6, 3, dtype=torch.float64)
+    for row, at in enumerate(points):
+        share = math.prod(at - other for other in points if other != at)
+        for power, tap in enumerate(taps):
+            g[row, tap] = at**power / share
+    g[len(points), 2] = 1
+    if stride == 2:
+        g[5, 1] = 1
+    products = torch.kron(g, g) @ weight.detach().double().flatten(2).flatten(0, 1).T  # (36, C_out * C_in)
+    return products.float().view(36, -1, 32, weight.shape[1]).transpose(2, 3).contiguous()
 
 
 def _ungrouped(weight: Tensor, groups: int) -> Tensor:
