@@ -303,6 +303,27 @@ def test_report_from_figures(tmp_path):
         assert cv2.imread(str(results / f"{name}.png")) is not None
 
 
+def test_compared_checkpoints_join_the_figures(weights, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_report", lambda args: None)
+    kept = dict.fromkeys(track.COLUMNS, "7") | {"setting": "base"}
+    (tmp_path / "sequences.csv").write_text(readers.as_csv([kept, kept | {"setting": "checkpoint-old"}]))
+    where = ["--dev", str(root), "--runs", str(tmp_path), "--results", str(tmp_path), "--dtype", "float32"]
+    assert command.main(["compare", f"a={weights}", f"b={weights}", *where]) == 0
+    with open(tmp_path / "sequences.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0] == kept
+    assert [row["setting"] for row in rows[1:]] == 2 * ["checkpoint-a", "checkpoint-b"]
+    assert [row["auc"] for row in rows[1::2]] == [row["auc"] for row in rows[2::2]]
+
+
+def test_each_machine_s_speed_has_its_column(tmp_path):
+    for machine, fps in (("fast", 90), ("slow", 30)):
+        (tmp_path / machine).mkdir()
+        text = f"section,k,fps\nk,1,{fps}\nmemory,4,{fps / 2}\nk,4,{fps / 3}\n"
+        (tmp_path / machine / "frame.csv").write_text(text)
+    assert report.bench_fps(tmp_path) == {"fast": {1: 90, 4: 30}, "slow": {1: 30, 4: 10}}
+
+
 def test_reads_are_compared_over_the_seeds_that_both_have():
     runs = {"vote": {0: np.array([0.5, 0.6]), 1: np.array([9.0, 9.0])}, "mlp": {0: np.array([0.4, 0.4])}}
     assert report.iou_difference(runs, "vote", "mlp").mean == pytest.approx(0.15)

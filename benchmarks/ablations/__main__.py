@@ -2,6 +2,7 @@
 
     python -m benchmarks.ablations train --weights W --data TRAIN --cache RUN/cache   readers on a frozen net
     python -m benchmarks.ablations track --weights W --data TRAIN --dev DEV --jobs 2  all else, then report
+    python -m benchmarks.ablations compare NAME=FILE ... --data TRAIN --dev DEV       other checkpoints, added
     python -m benchmarks.ablations report                                             tables and plots
 
 All of it goes on where it was interrupted. --runs (runs/ablations) holds what is large; the CSV files and
@@ -20,7 +21,7 @@ import cv2
 import torch
 
 from benchmarks.ablations import background, readers, report, track
-from benchmarks.ablations.settings import compared_of, readers_of, settings_of
+from benchmarks.ablations.settings import COMPARED, compared_of, readers_of, settings_of
 from benchmarks.ablations.unseen import write_unseen
 from dmv_fast.evaluation import datasets
 from dmv_fast.evaluation.results import environment, write_text
@@ -35,7 +36,7 @@ CPU = torch.device("cpu")
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     try:
-        {"train": _train, "track": _track, "report": _report}[args.command](args)
+        {"train": _train, "track": _track, "compare": _compare, "report": _report}[args.command](args)
     except (ValueError, OSError) as error:
         print(f"ablations: error: {error}", file=sys.stderr)
         return 2
@@ -48,12 +49,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train the readers of Table 1 side by side")
     tracking = commands.add_parser("track", help="run every setting, then the report")
+    comparing = commands.add_parser("compare", help="run other checkpoints, add them to the tables")
     tables = commands.add_parser("report", help="tables and plots from the CSV files")
     for command in (train, tracking):
         command.add_argument("--weights", default="dmv18", help="shipped name or .safetensors file (dmv18)")
+    for command in (train, tracking, comparing):
         command.add_argument("--data", type=Path, required=command is train, help="training folder")
         command.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="large files")
-    for command in (tracking, tables):
+    for command in (tracking, comparing, tables):
         command.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/ablations")
         command.add_argument("--doc", type=Path, default=ROOT / "docs/ablations.md")
     train.add_argument("--cache", type=Path, help="a training run's feature cache, not drawn samples")
@@ -62,15 +65,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--readers", default=",".join(readers.VARIANTS), help="comma-separated")
     train.add_argument("--seeds", default="0,1,2", help="comma-separated")
     train.add_argument("--steps", type=int, default=readers.RECIPE.steps)
-    tracking.add_argument("--dev", type=Path, required=True, help="folder of sequences, any known layout")
-    tracking.add_argument("--sequences", nargs="+", help="only these of --dev")
     dtypes = ("float32", "bfloat16", "bfloat16x3")
-    tracking.add_argument("--dtype", choices=dtypes, help="default: what auto is")
-    tracking.add_argument(
-        "--compare", nargs="+", default=[], metavar="NAME=FILE",
-        help="other checkpoints, compared with the first of them (grid 16 and 32 of one recipe, say)",
+    for command in (tracking, comparing):
+        command.add_argument("--dev", type=Path, required=True, help="folder of sequences, any known layout")
+        command.add_argument("--sequences", nargs="+", help="only these of --dev")
+        command.add_argument("--dtype", choices=dtypes, help="default: what auto is")
+        command.add_argument("--jobs", type=int, default=1)
+    comparing.add_argument(
+        "checkpoints", nargs="+", metavar="NAME=FILE",
+        help="compared with the first of them (grid 16 and 32 of one recipe, say)",
     )  # fmt: skip
-    tracking.add_argument("--jobs", type=int, default=1)
     return parser.parse_args(argv)
 
 
@@ -91,17 +95,12 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _track(args: argparse.Namespace) -> None:
-    dtype = args.dtype or fast_precision(CPU)
-    data = {"dev": datasets.load("auto", args.dev)}
-    if args.sequences:
-        data["dev"] = datasets.select(data["dev"], args.sequences)
-    if args.data is not None:
-        data["held-out"] = datasets.load("otb", write_unseen(args.data, args.runs / "held-out"))
+    dtype, data = args.dtype or fast_precision(CPU), _data(args)
     trained = readers_of(args.runs, dtype)
     chosen = settings_of(args.weights, dtype)
-    others = compared_of(args.compare, dtype)
-    rows = track.track_all(chosen + others + trained, data, args.runs / "tracked", jobs=args.jobs)
-    write_text(args.results / "sequences.csv", readers.as_csv(rows))
+    rows = track.track_all(chosen + trained, data, args.runs / "tracked", jobs=args.jobs)
+    kept = [row for row in _rows_so_far(args) if row["setting"].startswith(COMPARED)]
+    write_text(args.results / "sequences.csv", readers.as_csv(rows + kept))
     _write_readers(args.runs, args.results)
     looks = _write_background(args, dtype, data["dev"], chosen[0].k)
     notes = {run.name: Path(run.weights).with_name("run.json").read_text() for run in trained}
@@ -113,6 +112,33 @@ def _track(args: argparse.Namespace) -> None:
     }  # fmt: skip
     write_text(args.results / "about.json", json.dumps(about, indent=1) + "\n")
     _report(args)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    dtype = args.dtype or fast_precision(CPU)
+    others = compared_of(args.checkpoints, dtype)
+    rows = track.track_all(others, _data(args), args.runs / "tracked", jobs=args.jobs)
+    kept = [row for row in _rows_so_far(args) if not row["setting"].startswith(COMPARED)]
+    write_text(args.results / "sequences.csv", readers.as_csv(kept + rows))
+    _report(args)
+
+
+def _data(args: argparse.Namespace) -> dict[str, list[datasets.Sequence]]:
+    """The sequences to run, by the name of their set."""
+    data = {"dev": datasets.load("auto", args.dev)}
+    if args.sequences:
+        data["dev"] = datasets.select(data["dev"], args.sequences)
+    if args.data is not None:
+        data["held-out"] = datasets.load("otb", write_unseen(args.data, args.runs / "held-out"))
+    return data
+
+
+def _rows_so_far(args: argparse.Namespace) -> list[dict[str, str]]:
+    path = args.results / "sequences.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _write_readers(runs: Path, results: Path) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.ablations.settings import CANDIDATES, CAPACITIES, INTERVALS, THRESHOLDS
+from benchmarks.ablations.settings import CANDIDATES, CAPACITIES, COMPARED, INTERVALS, THRESHOLDS
 from dmv_fast.evaluation.results import write_text
 
 RESAMPLES = 10_000
@@ -108,10 +108,10 @@ def write_report(results: Path, doc: Path) -> None:
     if runs:
         tables["readers"] = readers_table(measured, runs) + trained_note(results / "about.json")
     tables["claims"] = claims_table(measured, runs)
-    if others := [name for name in measured.settings() if name.startswith("checkpoint-")]:
+    if others := [name for name in measured.settings() if name.startswith(COMPARED)]:
         tables["checkpoints"] = _table(
             ["checkpoint", *_HEAD],
-            [[name.removeprefix("checkpoint-"), *measured.cells(name, others[0])] for name in others],
+            [[name.removeprefix(COMPARED), *measured.cells(name, others[0])] for name in others],
         )
     text = doc.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -150,25 +150,27 @@ def memory_table(measured: Measured) -> str:
 
 
 def candidates_table(measured: Measured, benchmarks: Path) -> str:
-    speed = bench_fps(benchmarks)
+    speeds = bench_fps(benchmarks)
     rows = []
     for k in CANDIDATES:
         ms = np.median(measured.values("dev", f"k-{k}", "median_ms"))
         paper_auc, paper_fps = PAPER_K[k]
-        fps = f"{speed[k]:.0f}" if k in speed else "-"
+        fps = [f"{speed[k]:.0f}" if k in speed else "-" for speed in speeds.values()]
         cells = measured.cells(f"k-{k}", "k-4")
-        rows.append([str(k), *cells, f"{ms:.1f}", fps, f"{paper_auc / 100:.3f}, {paper_fps} FPS"])
-    return _table(["K", *_HEAD, "ms a frame here", "FPS (bench)", "paper"], rows)
+        rows.append([str(k), *cells, f"{ms:.1f}", *fps, f"{paper_auc / 100:.3f}, {paper_fps} FPS"])
+    machines = (f"FPS, {machine}" for machine in speeds)
+    return _table(["K", *_HEAD, "ms a frame here", *machines, "paper"], rows)
 
 
-def bench_fps(benchmarks: Path) -> dict[int, float]:
-    """K -> whole frames a second as `dmv-fast bench --only k` measured them; empty where it did not."""
+def bench_fps(benchmarks: Path) -> dict[str, dict[int, float]]:
+    """machine -> K -> whole frames a second, where `dmv-fast bench --only k` measured them."""
+    speeds = {}
     for path in sorted(benchmarks.glob("*/frame.csv")):
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["section"] == "k" and row["fps"]]
         if rows:
-            return {int(row["k"]): float(row["fps"]) for row in rows}
-    return {}
+            speeds[path.parent.name] = {int(row["k"]): float(row["fps"]) for row in rows}
+    return speeds
 
 
 def capacity_table(measured: Measured) -> str:

@@ -17,6 +17,7 @@ from dmv_fast.runtime.precision import fast_dtype
 from dmv_fast.tracker import FastDMVTracker, TrackerConfig
 from dmv_fast.weights import find, load_model, sha256
 
+COMPARED = "checkpoint-"  # before the name of another checkpoint that is compared
 CANDIDATES = (1, 2, 4, 8, 16, 32)
 CAPACITIES = (2, 8, 32)
 INTERVALS = (1, 10, 30, 50)
@@ -120,7 +121,7 @@ def compared_of(named: list[str], dtype: str) -> list[Setting]:
     pairs = [text.partition("=")[::2] for text in named]
     if wrong := [text for text, (_, path) in zip(named, pairs, strict=True) if not path]:
         raise ValueError(f"compare is {wrong[0]!r}; it must be NAME=FILE")
-    return [Setting(f"checkpoint-{name}", path, dtype) for name, path in pairs]
+    return [Setting(f"{COMPARED}{name}", path, dtype) for name, path in pairs]
 
 
 def readers_of(runs: Path, dtype: str) -> list[Setting]:
