@@ -1,14 +1,13 @@
 // dmv_fast::convolve_cpu: a convolution with bias, residual and rectifier; weights packed beforehand.
 #include "checked.h"
 #include "conv_cpu.h"
+#include "room.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 namespace dmv_fast {
 namespace {
@@ -34,7 +33,7 @@ void run(Convolving& c) {
   const ConvolvePart kernel = convolve_amx(c.parts, c.weight_parts);
   const int64_t units = by_rows ? (c.rows + kBlock - 1) / kBlock : blocks;  // of a crop
   torch::stable::parallel_for(0, c.crops * units, 1, [&](int64_t begin, int64_t end) {
-    uint16_t* const room = room_of(numbers);
+    auto* const room = static_cast<uint16_t*>(room_of(numbers * 2));
     for (int64_t last; begin < end; begin = last) {
       const int64_t crop = begin / units, from = begin - crop * units;
       last = std::min(end, (crop + 1) * units);
@@ -94,21 +93,6 @@ void convolve_cpu(
 }  // namespace
 
 bool convolve_cpu_runs() { return allowed(Isa::amx); }
-
-uint16_t* room_of(int64_t numbers) {
-  struct Free {
-    void operator()(uint16_t* room) const { operator delete(room, std::align_val_t(64)); }
-  };
-  thread_local std::unique_ptr<uint16_t, Free> room;
-  thread_local int64_t size = 0;
-  if (size < numbers) {
-    room.reset();
-    size = 0;
-    room.reset(static_cast<uint16_t*>(operator new(numbers * sizeof(uint16_t), std::align_val_t(64))));
-    size = numbers;
-  }
-  return room.get();
-}
 
 }  // namespace dmv_fast
 

@@ -67,7 +67,4 @@ ConvolvePixels convolve_pixels_amx(int parts);
 
 bool convolve_cpu_runs();
 
-// A thread's own memory of so many numbers, 64-byte aligned; it grows to what was asked for most, 2 MB or so.
-uint16_t* room_of(int64_t numbers);
-
 }  // namespace dmv_fast

@@ -1,6 +1,7 @@
 // dmv_fast::convolve_pixels_cpu: pixels to conv1, rectifier and max pool in one go; weights packed beforehand.
 #include "checked.h"
 #include "conv_cpu.h"
+#include "room.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -46,7 +47,8 @@ void convolve_pixels_cpu(
       const int64_t crop = begin / rows;
       last = std::min({end, (crop + 1) * rows, begin + 16});  // few enough that the pixels stay in L1 and L2
       const int64_t sums = 3 * c.width / 2 * c.c_out * 2;     // float32
-      uint16_t* const room = room_of(c.read_rows(last - begin) * c.row_numbers() + sums);
+      const int64_t numbers = c.read_rows(last - begin) * c.row_numbers() + sums;
+      auto* const room = static_cast<uint16_t*>(room_of(numbers * 2));
       kernel(c, crop, begin - crop * rows, last - crop * rows, room);
     }
   });

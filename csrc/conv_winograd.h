@@ -1,10 +1,10 @@
 // 3 x 3 convolution by Winograd's minimal filtering: out = A' [(G w G') * (B' x B)] A, in float32.
 //
 // Four by four pixels of out take 36 products a pair of channels, F(4 x 4, 3 x 3), where the sum itself has 144. With a
-// stride of 2 they take 81: of nine pixels in a row the five even ones meet two taps, F(4, 2), and the four odd ones the
-// third tap alone. With points at 0, +-sqrt(1/2), +-sqrt(2) and infinity (0 only for three taps) the rounding stays near
-// that of the sum: 1e-6 of the largest number. A dilation of d makes d * d maps of every d-th pixel, each cut into tiles
-// by itself. Wants a `Lanes` before it.
+// stride of 2 they take 81: of nine pixels in a row the five even ones meet two taps, F(4, 2), and the four odd ones
+// the third tap alone. With points at 0, +-sqrt(1/2), +-sqrt(2) and infinity (0 only for three taps) the rounding stays
+// near that of the sum: 1e-6 of the largest number; a NaN fills its tile. A dilation of d makes d * d maps of every d-th
+// pixel, each cut into tiles by itself. Wants a `Lanes` before it.
 #pragma once
 
 #include "conv_winograd_cpu.h"
@@ -28,7 +28,8 @@ struct Row<1> {
   // put(i, i-th number of B' x)
   template <class Put>
   static void to_points(const Vector (&x)[6], Put&& put) {
-    const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f), root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
+    const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f);
+    const Vector root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
     const Vector high = Lanes::subtract(x[4], Lanes::multiply(two, x[2]));
     const Vector low = Lanes::subtract(x[4], Lanes::multiply(half, x[2]));
     const Vector a = Lanes::multiply_subtract(half_root, x[3], Lanes::multiply(root, x[1]));
@@ -60,7 +61,8 @@ struct Row<2> {
 
   template <class Put>
   static void to_points(const Vector (&x)[9], Put&& put) {
-    const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f), root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
+    const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f);
+    const Vector root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
     const Vector high = Lanes::subtract(x[6], Lanes::multiply(two, x[2]));
     const Vector low = Lanes::subtract(x[6], Lanes::multiply(half, x[2]));
     const Vector a = Lanes::multiply_subtract(half_root, x[4], Lanes::multiply(root, x[0]));
@@ -145,7 +147,8 @@ void multiply_points(const Winograd& c, int64_t first, int64_t last, int64_t til
     float* const sums = c.sums + point * c.plane_out() + panel * kPanel;
     for (int64_t tile = 0; tile < tiles; tile += kRowsTogether)
       for (int64_t half = 0; half < kPanel; half += 2 * kWidth)
-        product(a + tile * c.pitch_in(), c.pitch_in(), b + half, depth, sums + tile * c.pitch_out() + half, c.pitch_out());
+        product(
+            a + tile * c.pitch_in(), c.pitch_in(), b + half, depth, sums + tile * c.pitch_out() + half, c.pitch_out());
   }
 }
 

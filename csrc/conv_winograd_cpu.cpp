@@ -2,7 +2,7 @@
 // beforehand.
 #include "checked.h"
 #include "conv_winograd_cpu.h"
-#include "conv_cpu.h"
+#include "room.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -35,7 +35,7 @@ void make_room(Winograd& c, int64_t tiles, int64_t bytes) {
   const int64_t a_tile = c.points_of_all() * (c.pitch_in() + c.pitch_out()) * int64_t(sizeof(float));
   c.together = std::min(tiles, std::max(kTileStep, bytes / a_tile / kTileStep * kTileStep));
   const int64_t points = c.points_of_all() * c.plane_in(), sums = c.points_of_all() * c.plane_out();
-  c.points = reinterpret_cast<float*>(room_of((points + sums + c.c_in) * 2));
+  c.points = static_cast<float*>(room_of((points + sums + c.c_in) * int64_t(sizeof(float))));
   c.sums = c.points + points;
   std::fill_n(c.sums + sums, c.c_in, 0.0f);
   c.zeros = c.sums + sums;
@@ -115,6 +115,8 @@ void convolve_winograd_cpu(
       c.rows, ", ", c.columns, ", ", c.c_out, ")");
   checked<float>(out, "out", ScalarType::Float, c.crops * c.rows * c.columns * c.c_out);
   c.out = static_cast<float*>(out.mutable_data_ptr());
+  STD_TORCH_CHECK(
+      c.out >= c.x + x.numel() || c.x >= c.out + out.numel(), "out: should not lie in x, which is still read");
   if (c.crops > 0) run(c);
 }
 

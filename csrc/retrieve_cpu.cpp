@@ -96,8 +96,8 @@ std::tuple<Tensor, Tensor> retrieve_by(
   call.scores = static_cast<float*>(scores.mutable_data_ptr());
   call.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
 
-  // A query's result depends on nothing but its own row and the order of the keys, so neither the number of threads
-  // nor the way tiles fall to them changes a bit of it.
+  // A query's result depends on nothing but its own row and the order of the keys (and, where keys are screened, on the
+  // other queries of its tile), so neither the number of threads nor the way tiles fall to them changes a bit of it.
   const int64_t tiles = (call.queries + kTile - 1) / kTile;
   torch::stable::parallel_for(0, batches * tiles, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;

@@ -135,6 +135,8 @@ def test_wrong_tensors_are_refused():
         made(x.double())
     with pytest.raises(RuntimeError, match="multiples of 16"):
         made(x[:, :8])
+    with pytest.raises(RuntimeError, match="out: should not lie in x"):
+        made(x, onto=x)
 
 
 @needs_winograd

@@ -1,4 +1,4 @@
-"""The vote runs on whatever bfloat16 instructions there are, whichever set the retrieval prefers."""
+"""Networks are loaded for the named instruction set; the vote takes whatever bfloat16 there is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.ops import available_backends
 from dmv_fast.runtime.fold import fold_vote
+from dmv_fast.runtime.load import load_network
 from dmv_fast.runtime.vote import fused_vote, vote_plain
 
 CPU = torch.device("cpu")
@@ -52,3 +53,18 @@ def test_vote_does_not_depend_on_what_the_retrieval_prefers(monkeypatch):
     monkeypatch.delenv("DMV_FAST_CPU_ISA", raising=False)
     isas = torch.ops.dmv_fast.cpu_isas().split()
     assert torch.ops.dmv_fast.vote_cpu_runs() == bool({"amx", "avx512_bf16"} & set(isas))
+
+
+@pytest.mark.parametrize("before", ["avx512_bf16", "avx2"])
+def test_a_network_is_loaded_for_the_set_that_is_named_then(monkeypatch, checkpoint, before):
+    """Not the one in memory for another set, whose weights and keys lie differently."""
+    here(before)
+    crops, box = torch.zeros(1, 256, 256, 3, dtype=torch.uint8), torch.tensor([[96.0, 90.0, 64.0, 70.0]])
+    for isa in (before, "generic"):
+        monkeypatch.setenv("DMV_FAST_CPU_ISA", isa)
+        network = load_network(str(checkpoint), CPU, "float32", "auto")
+        with torch.inference_mode():
+            maps = network.look(crops)
+            keys, values = network.remember(maps, *network.model.exact_maps(box))
+            assert (keys.shape[-1], keys.dtype) == (network.key_width, network.key_dtype)
+            assert network.predict(maps, keys, values, 4, 256).logits.isfinite().all()

@@ -162,7 +162,7 @@ def test_other_instruction_sets_have_none(monkeypatch, isa):
     monkeypatch.setenv("DMV_FAST_CPU_ISA", isa)
     assert not takes_screened()
     with pytest.raises(RuntimeError, match="retrieve_screened_cpu: avx512_bf16 is not"):
-        torch.ops.dmv_fast.retrieve_screened_cpu(torch.zeros(1, 1, 96), torch.zeros(1, 1, 96), 1, None)
+        retrieve_split(unit(1, 1, 32), with_rounded(unit(1, 1, 32)), 1)
 
 
 @pytest.fixture(scope="module")

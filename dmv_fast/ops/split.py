@@ -90,7 +90,7 @@ def split_keys(rows: Tensor) -> Tensor:
 
 def join_keys(keys: Tensor) -> Tensor:
     """What `split_keys` was given, within 2^-17 of it."""
-    return without_rounded(keys) if takes_screened() else join_tiles(keys)
+    return without_rounded(keys) if keys.dtype == torch.float32 else join_tiles(keys)
 
 
 def retrieve_split_reference(
@@ -134,7 +134,7 @@ def retrieve_split(
         keys, valid = keys[:, :valid], None
     if keys.shape[1] == 0:
         return retrieve_split_reference(query, keys, k, valid)
-    if takes_screened():
+    if keys.dtype == torch.float32:
         halves = with_rounded(query).view(torch.bfloat16), keys.view(torch.bfloat16)
         return torch.ops.dmv_fast.retrieve_screened_cpu.default(*halves, k, valid)
     return torch.ops.dmv_fast.retrieve_split_cpu.default(split_rows(query), keys, k, valid)

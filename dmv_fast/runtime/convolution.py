@@ -35,8 +35,8 @@ class Convolution:
     """x (B, C_in, H, W) channels-last -> relu(scale * convolution + bias), where `relu` says so.
 
     `__call__(x, onto)` is a residual block's end: relu(scale * convolution + bias + onto), maybe written over
-    onto. scale and bias (C_out,); None is one and zero. oneDNN adds the bias in float32, but not at a block's
-    end; our own kernel does always, and leaves the scale out of the weights.
+    onto, which must not be x. scale and bias (C_out,); None is one and zero. oneDNN adds the bias in float32,
+    but not at a block's end; our own kernels do always, and that for AMX leaves the scale out of the weights.
     split: of dtype float32, each number as two of bfloat16, three of whose four products are summed, and two
     where the weights are bfloat16 numbers; what our own kernel does not take (channels in other than 32s)
     stays plain float32. That is Winograd's where it is 3 x 3 (csrc/conv_winograd.h).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 
 import torch
@@ -33,14 +34,17 @@ def load_network(weights: str, device: torch.device, dtype: str, backend: str) -
         )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    written, isa = find(weights).stat().st_mtime_ns, os.environ.get("DMV_FAST_CPU_ISA")
     with _lock:
-        return _load(weights, find(weights).stat().st_mtime_ns, device, precision, backend)
+        return _load(weights, written, isa, device, precision, backend)
 
 
 @functools.lru_cache(maxsize=8)
 def _load(
-    weights: str, _written: int, device: torch.device, precision: Precision, backend: str
-) -> Network:  # _written: a checkpoint that training has replaced is another network
+    weights: str, _written: int, _isa: str | None, device: torch.device, precision: Precision, backend: str
+) -> Network:
+    # _written: a checkpoint that training has replaced is another network; _isa: weights and keys lie as the
+    # instruction set that DMV_FAST_CPU_ISA names wants them
     model = load_model(weights, device=device)
     for_comparison = model.config.reader != "vote" or model.config.score_use != "renormalised"
     if for_comparison or (precision == Precision(torch.float32) and backend == "reference"):
