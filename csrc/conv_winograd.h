@@ -17,6 +17,35 @@ constexpr int kWidth = Lanes::kWidth;
 constexpr int kRowsTogether = kWidth == 16 ? 8 : 4;  // times two vectors of channels: sums enough to hide the latency
 constexpr float kRoot = 1.41421356f, kHalfRoot = 0.70710678f;
 
+// What three taps and two have in common: the points +-sqrt(1/2) and +-sqrt(2) of x[0], x[step], x[2 step], x[3 step].
+template <class Put>
+inline void to_four_points(const Vector* x, int step, int first, Put&& put) {
+  const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f);
+  const Vector root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
+  const Vector high = Lanes::subtract(x[3 * step], Lanes::multiply(two, x[step]));
+  const Vector low = Lanes::subtract(x[3 * step], Lanes::multiply(half, x[step]));
+  const Vector a = Lanes::multiply_subtract(half_root, x[2 * step], Lanes::multiply(root, x[0]));
+  const Vector b = Lanes::multiply_subtract(root, x[2 * step], Lanes::multiply(half_root, x[0]));
+  put(first, Lanes::add(high, a));
+  put(first + 1, Lanes::subtract(high, a));
+  put(first + 2, Lanes::add(low, b));
+  put(first + 3, Lanes::subtract(low, b));
+}
+
+// And the way back: four pixels of their products m, added to what the other points give.
+template <class Put>
+inline void from_four_points(const Vector* m, const Vector (&onto)[4], Put&& put) {
+  const Vector even_a = Lanes::add(m[0], m[1]), odd_a = Lanes::subtract(m[0], m[1]);
+  const Vector even_b = Lanes::add(m[2], m[3]), odd_b = Lanes::subtract(m[2], m[3]);
+  const Vector second = Lanes::multiply_add(Lanes::fill(kRoot), odd_b, onto[1]);
+  const Vector third = Lanes::multiply_add(Lanes::fill(2), even_b, onto[2]);
+  const Vector fourth = Lanes::multiply_add(Lanes::fill(2 * kRoot), odd_b, onto[3]);
+  put(0, Lanes::add(onto[0], Lanes::add(even_a, even_b)));
+  put(1, Lanes::multiply_add(Lanes::fill(kHalfRoot), odd_a, second));
+  put(2, Lanes::multiply_add(Lanes::fill(0.5f), even_a, third));
+  put(3, Lanes::multiply_add(Lanes::fill(kHalfRoot / 2), odd_a, fourth));
+}
+
 // B' x, A' m of a stride.
 template <int kStride>
 struct Row;
@@ -28,30 +57,15 @@ struct Row<1> {
   // put(i, i-th number of B' x)
   template <class Put>
   static void to_points(const Vector (&x)[6], Put&& put) {
-    const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f);
-    const Vector root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
-    const Vector high = Lanes::subtract(x[4], Lanes::multiply(two, x[2]));
-    const Vector low = Lanes::subtract(x[4], Lanes::multiply(half, x[2]));
-    const Vector a = Lanes::multiply_subtract(half_root, x[3], Lanes::multiply(root, x[1]));
-    const Vector b = Lanes::multiply_subtract(root, x[3], Lanes::multiply(half_root, x[1]));
     put(0, Lanes::multiply_add(Lanes::fill(-2.5f), x[2], Lanes::add(x[0], x[4])));
-    put(1, Lanes::add(high, a));
-    put(2, Lanes::subtract(high, a));
-    put(3, Lanes::add(low, b));
-    put(4, Lanes::subtract(low, b));
+    to_four_points(x + 1, 1, 1, put);
     put(5, Lanes::multiply_add(Lanes::fill(-2.5f), x[3], Lanes::add(x[1], x[5])));
   }
 
   // put(i, i-th number of A' m)
   template <class Put>
   static void from_points(const Vector (&m)[6], Put&& put) {
-    const Vector even_a = Lanes::add(m[1], m[2]), odd_a = Lanes::subtract(m[1], m[2]);
-    const Vector even_b = Lanes::add(m[3], m[4]), odd_b = Lanes::subtract(m[3], m[4]);
-    const Vector rest = Lanes::multiply_add(Lanes::fill(2 * kRoot), odd_b, m[5]);
-    put(0, Lanes::add(m[0], Lanes::add(even_a, even_b)));
-    put(1, Lanes::multiply_add(Lanes::fill(kHalfRoot), odd_a, Lanes::multiply(Lanes::fill(kRoot), odd_b)));
-    put(2, Lanes::multiply_add(Lanes::fill(0.5f), even_a, Lanes::multiply(Lanes::fill(2), even_b)));
-    put(3, Lanes::multiply_add(Lanes::fill(kHalfRoot / 2), odd_a, rest));
+    from_four_points(m + 1, {m[0], Lanes::zero(), Lanes::zero(), m[5]}, put);
   }
 };
 
@@ -61,30 +75,14 @@ struct Row<2> {
 
   template <class Put>
   static void to_points(const Vector (&x)[9], Put&& put) {
-    const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f);
-    const Vector root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
-    const Vector high = Lanes::subtract(x[6], Lanes::multiply(two, x[2]));
-    const Vector low = Lanes::subtract(x[6], Lanes::multiply(half, x[2]));
-    const Vector a = Lanes::multiply_subtract(half_root, x[4], Lanes::multiply(root, x[0]));
-    const Vector b = Lanes::multiply_subtract(root, x[4], Lanes::multiply(half_root, x[0]));
-    put(0, Lanes::add(high, a));
-    put(1, Lanes::subtract(high, a));
-    put(2, Lanes::add(low, b));
-    put(3, Lanes::subtract(low, b));
+    to_four_points(x, 2, 0, put);
     put(4, Lanes::multiply_add(Lanes::fill(-2.5f), x[4], Lanes::add(x[0], x[8])));
     for (int i = 0; i < 4; ++i) put(5 + i, x[2 * i + 1]);
   }
 
   template <class Put>
   static void from_points(const Vector (&m)[9], Put&& put) {
-    const Vector even_a = Lanes::add(m[0], m[1]), odd_a = Lanes::subtract(m[0], m[1]);
-    const Vector even_b = Lanes::add(m[2], m[3]), odd_b = Lanes::subtract(m[2], m[3]);
-    const Vector third = Lanes::multiply_add(Lanes::fill(2), even_b, m[7]);
-    const Vector fourth = Lanes::multiply_add(Lanes::fill(2 * kRoot), odd_b, Lanes::add(m[4], m[8]));
-    put(0, Lanes::add(m[5], Lanes::add(even_a, even_b)));
-    put(1, Lanes::multiply_add(Lanes::fill(kHalfRoot), odd_a, Lanes::multiply_add(Lanes::fill(kRoot), odd_b, m[6])));
-    put(2, Lanes::multiply_add(Lanes::fill(0.5f), even_a, third));
-    put(3, Lanes::multiply_add(Lanes::fill(kHalfRoot / 2), odd_a, fourth));
+    from_four_points(m, {m[5], m[6], m[7], Lanes::add(m[4], m[8])}, put);
   }
 };
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from threads import on_threads
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -111,14 +112,8 @@ def test_threads_and_neighbours_change_nothing(products, c_in, c_out, size):
     made = make(c_in, c_out, 3, relu=True, products=products, padding=1)
     x = channels_last(4, c_in, size, size)
     x = x if products > 1 else x.bfloat16()
-    before = torch.get_num_threads()
-    answers = []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            answers += [made(x), torch.cat([made(crop[None]) for crop in x])]
-    finally:
-        torch.set_num_threads(before)
+    pairs = on_threads((1, 3), lambda: (made(x), torch.cat([made(crop[None]) for crop in x])))
+    answers = [answer for pair in pairs for answer in pair]
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 

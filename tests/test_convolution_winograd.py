@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from threads import on_threads
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -92,14 +93,8 @@ def test_threads_and_neighbours_change_nothing(c_in, c_out, size):
     """Bit for bit: a crop alone, among others, on one thread and on three."""
     torch.manual_seed(0)
     made, x = make(c_in, c_out, relu=True, padding=1), channels_last(4, c_in, size, size)
-    before = torch.get_num_threads()
-    answers = []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            answers += [made(x), torch.cat([made(crop[None]) for crop in x])]
-    finally:
-        torch.set_num_threads(before)
+    pairs = on_threads((1, 3), lambda: (made(x), torch.cat([made(crop[None]) for crop in x])))
+    answers = [answer for pair in pairs for answer in pair]
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vote_cases import C, error, exactly, fused_float32, make_weights
+from threads import on_threads
+from vote_cases import C, error, exactly, fused_float32, make_weights, offset_logits
 
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.ops import available_backends
@@ -83,11 +84,7 @@ def test_it_does_not_matter_which_candidate_is_first(isa, k):
 @pytest.mark.parametrize("k", [2, 4, 32])
 def test_logits_whose_powers_no_float32_holds(isa, k, offset):
     """The same number added to all logits of a candidate is nothing to a softmax."""
-    weights = make_weights()
-    weights.to_q[::16] = weights.to_k[::16] = 0
-    weights.q_bias[::16], weights.to_k[::16, 0] = offset, 1
-    rows = torch.randn(1, 37, k, C)
-    rows[..., 0] = 1
+    rows, weights = offset_logits(offset, k)
     assert error(fused_float32(rows, weights), exactly(rows, weights)) < 1e-5
 
 
@@ -103,15 +100,10 @@ def test_logits_far_apart(isa, scale, tolerance):
 
 @pytest.mark.parametrize("k", [4, 32])
 def test_any_number_of_threads_gives_the_same_bits(isa, k):
-    weights, threads = make_weights(), torch.get_num_threads()
+    weights = make_weights()
     rows = torch.randn(1, 300, k, C)
-    try:
-        torch.set_num_threads(1)
-        alone = fused_float32(rows, weights)
-        torch.set_num_threads(2)
-        assert torch.equal(fused_float32(rows, weights), alone)
-    finally:
-        torch.set_num_threads(threads)
+    alone, shared = on_threads((1, 2), lambda: fused_float32(rows, weights))
+    assert torch.equal(shared, alone)
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -21,6 +21,16 @@ def make_weights(heads: int = 4, value_width: int = 256, seed: int = 0) -> VoteW
     return VoteWeights(*into, *attention, mix - mix.mean(0), mix_bias - mix_bias.mean(), *out, epsilon=1e-5)
 
 
+def offset_logits(offset: float, k: int) -> tuple[Tensor, VoteWeights]:
+    """Rows and weights that add the same number to all of a candidate's logits."""
+    weights = make_weights()
+    weights.to_q[::16] = weights.to_k[::16] = 0
+    weights.q_bias[::16], weights.to_k[::16, 0] = offset, 1
+    rows = torch.randn(1, 37, k, C)
+    rows[..., 0] = 1
+    return rows, weights
+
+
 def fused_float32(rows: Tensor, weights: VoteWeights, *, split: bool = False) -> Tensor:
     """By fused_vote, into room with neighbours, which has to leave those alone."""
     width = len(weights.out)

@@ -49,13 +49,12 @@ class Convolution:
     ):  # fmt: skip
         gpu = hardware.on_gpu(device)
         self._geometry = ([padding] * 2, [stride] * 2, [dilation] * 2, groups)
-        self._relu = relu
+        self._relu, self._kernel = relu, weight.shape[2]
         on_cpu = not gpu and device.type == "cpu"
         if on_cpu and _suits_amx(weight, groups, dtype, split):
-            c_out, _, self._kernel, _ = weight.shape
             self._run, self._weight = self._amx, _amx_tiles(weight, split)
-            self._scale = torch.ones(c_out) if scale is None else scale.float()
-            self._wide_bias = torch.zeros(c_out) if bias is None else bias.detach().float()
+            self._scale = torch.ones(len(weight)) if scale is None else scale.float()
+            self._wide_bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
             return
         weight = weight if scale is None else scaled(weight, scale)
         if on_cpu and dtype == torch.float32 and _suits_winograd(weight, stride, dilation, groups):
@@ -87,12 +86,7 @@ class Convolution:
 
     def _amx(self, x: Tensor, onto: Tensor | None) -> Tensor:
         (padding, _), (stride, _), (dilation, _), groups = self._geometry
-        x, add, reach = x.permute(0, 2, 3, 1).contiguous(), onto is not None, dilation * (self._kernel - 1)
-        if onto is None:
-            size = ((length + 2 * padding - reach - 1) // stride + 1 for length in x.shape[1:3])
-            out = x.new_empty(len(x), *size, len(self._wide_bias))
-        else:
-            out = onto.permute(0, 2, 3, 1).contiguous()
+        x, out, add = *self._rows(x, onto), onto is not None
         geometry = (self._kernel, stride, padding, dilation, groups)
         torch.ops.dmv_fast.convolve_cpu.default(
             x, self._weight, self._scale, self._wide_bias, out, add, self._relu or add, *geometry
@@ -101,17 +95,21 @@ class Convolution:
 
     def _winograd(self, x: Tensor, onto: Tensor | None) -> Tensor:
         (padding, _), (stride, _), (dilation, _), groups = self._geometry
-        x, add = x.permute(0, 2, 3, 1).contiguous(), onto is not None
-        if onto is None:
-            size = ((length + 2 * (padding - dilation) - 1) // stride + 1 for length in x.shape[1:3])
-            out = x.new_empty(len(x), *size, len(self._wide_bias))
-        else:
-            out = onto.permute(0, 2, 3, 1).contiguous()
+        x, out, add = *self._rows(x, onto), onto is not None
         geometry = (stride, padding, dilation, groups)
         torch.ops.dmv_fast.convolve_winograd_cpu.default(
             x, self._weight, self._wide_bias, out, add, self._relu or add, *geometry
         )
         return out.permute(0, 3, 1, 2)
+
+    def _rows(self, x: Tensor, onto: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x, and onto or room for the result, as our own kernels take them: (B, H, W, C)."""
+        (padding, _), (stride, _), (dilation, _), _ = self._geometry
+        x, reach = x.permute(0, 2, 3, 1).contiguous(), dilation * (self._kernel - 1)
+        if onto is not None:
+            return x, onto.permute(0, 2, 3, 1).contiguous()
+        size = ((length + 2 * padding - reach - 1) // stride + 1 for length in x.shape[1:3])
+        return x, x.new_empty(len(x), *size, len(self._wide_bias))
 
     def _onednn(self, x: Tensor, onto: Tensor | None) -> Tensor:
         if onto is not None:
