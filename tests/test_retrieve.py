@@ -17,6 +17,7 @@ from reference_retrieval import (
     require,
     retrieve,
 )
+from threads import on_threads
 
 from dmv_fast import ops
 from dmv_fast.ops import backends
@@ -226,14 +227,8 @@ def test_same_bits_however_the_work_is_split(backend):
     """Neither threads, nor the other queries of a call, nor the capacity behind `valid` change a bit."""
     query, keys = random_pair(3, 200, 1300, 64, torch.bfloat16)
     scores, indices = retrieve(backend, query, keys, 8)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            again = retrieve(backend, query, keys, 8)
-            assert torch.equal(again[0], scores) and torch.equal(again[1], indices)
-    finally:
-        torch.set_num_threads(threads)
+    for again in on_threads((1, 2, 5), lambda: retrieve(backend, query, keys, 8)):
+        assert torch.equal(again[0], scores) and torch.equal(again[1], indices)
     part = retrieve(backend, query[1:2, 70:71], keys[1:2], 8)
     assert torch.equal(part[0], scores[1:2, 70:71]) and torch.equal(part[1], indices[1:2, 70:71])
     capacity = torch.cat([keys, torch.full_like(keys, torch.nan)], dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference_retrieval import assert_exact, exact_logits, require
+from threads import on_threads
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -125,14 +126,8 @@ def test_same_bits_however_the_work_is_split():
     keys[1] = keys[1, :1] + 1e-4 * torch.randn(1300, 64)
     laid = with_rounded(keys)
     scores, indices = retrieve_split(query, laid, 8)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            again = retrieve_split(query, laid, 8)
-            assert torch.equal(again[0], scores) and torch.equal(again[1], indices)
-    finally:
-        torch.set_num_threads(threads)
+    for again in on_threads((1, 2, 5), lambda: retrieve_split(query, laid, 8)):
+        assert torch.equal(again[0], scores) and torch.equal(again[1], indices)
     part = retrieve_split(query[1:2, 64:96], laid[1:2], 8)
     assert torch.equal(part[0], scores[1:2, 64:96]) and torch.equal(part[1], indices[1:2, 64:96])
     bank = torch.full((3, 1700, 100), torch.nan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from threads import on_threads
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -86,13 +87,7 @@ def test_valid_keys_alone_count_and_threads_change_nothing():
     torch.manual_seed(0)
     query, memory = rows(2, 70, 64, length=10), split_keys(rows(2, 512, 64, length=1))
     valid = torch.tensor([160, 0], dtype=torch.int32)
-    before, answers = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            answers.append(retrieve_split(query, memory, 4, valid=valid))
-    finally:
-        torch.set_num_threads(before)
+    answers = on_threads((1, 3), lambda: retrieve_split(query, memory, 4, valid=valid))
     scores, indices = answers[0]
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
     assert indices[0].max() < 160 and (indices[1] == -1).all()
