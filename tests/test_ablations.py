@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -314,6 +315,24 @@ def test_compared_checkpoints_join_the_figures(weights, root, tmp_path, monkeypa
     assert rows[0] == kept
     assert [row["setting"] for row in rows[1:]] == 2 * ["checkpoint-a", "checkpoint-b"]
     assert [row["auc"] for row in rows[1::2]] == [row["auc"] for row in rows[2::2]]
+
+
+def test_a_new_run_keeps_the_figures_of_other_weights(weights, root, tmp_path, monkeypatch):
+    """Readers take an hour to train: tracking anew where they are not at hand must not lose their rows."""
+    monkeypatch.setattr(command, "_report", lambda args: None)
+    monkeypatch.setattr(command, "settings_of", lambda *given: settings.settings_of(*given)[:1])
+    before = [
+        dict.fromkeys(track.COLUMNS, "7") | {"setting": s} for s in ("base", "reader-vote-0", "checkpoint-a")
+    ]
+    (tmp_path / "sequences.csv").write_text(readers.as_csv(before))
+    (tmp_path / "about.json").write_text('{"readers": {"reader-vote-0": {"steps": 500}}}')
+    where = ["--dev", str(root), "--runs", str(tmp_path), "--results", str(tmp_path), "--dtype", "float32"]
+    assert command.main(["track", "--weights", str(weights), *where]) == 0
+    with open(tmp_path / "sequences.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[-2:] == before[1:]
+    assert {row["setting"] for row in rows[:-2]} == {"base"} and before[0] not in rows
+    assert json.loads((tmp_path / "about.json").read_text())["readers"] == {"reader-vote-0": {"steps": 500}}
 
 
 def test_each_machine_s_speed_has_its_column(tmp_path):

@@ -21,7 +21,7 @@ import cv2
 import torch
 
 from benchmarks.ablations import background, readers, report, track
-from benchmarks.ablations.settings import COMPARED, compared_of, readers_of, settings_of
+from benchmarks.ablations.settings import COMPARED, READER, compared_of, readers_of, settings_of
 from benchmarks.ablations.unseen import write_unseen
 from dmv_fast.evaluation import datasets
 from dmv_fast.evaluation.results import environment, write_text
@@ -99,18 +99,21 @@ def _track(args: argparse.Namespace) -> None:
     trained = readers_of(args.runs, dtype)
     chosen = settings_of(args.weights, dtype)
     rows = track.track_all(chosen + trained, data, args.runs / "tracked", jobs=args.jobs)
-    kept = [row for row in _rows_so_far(args) if row["setting"].startswith(COMPARED)]
+    ran = {row["setting"] for row in rows}
+    kept = [row for row in _rows_so_far(args) if _of_others(row["setting"]) and row["setting"] not in ran]
     write_text(args.results / "sequences.csv", readers.as_csv(rows + kept))
     _write_readers(args.runs, args.results)
     looks = _write_background(args, dtype, data["dev"], chosen[0].k)
     notes = {run.name: Path(run.weights).with_name("run.json").read_text() for run in trained}
+    about_before = args.results / "about.json"
+    before = json.loads(about_before.read_text())["readers"] if about_before.is_file() else {}
     about = {
         "weights": Path(args.weights).stem, "sha256": sha256(find(args.weights)), "dtype": dtype,
         "jobs": args.jobs, "frames": {name: sum(map(len, s)) for name, s in data.items()}, "looks": looks,
         "bootstrap": {"resamples": report.RESAMPLES, "seed": report.SEED}, "environment": environment(),
-        "readers": {name: json.loads(note) for name, note in notes.items()},
+        "readers": before | {name: json.loads(note) for name, note in notes.items()},
     }  # fmt: skip
-    write_text(args.results / "about.json", json.dumps(about, indent=1) + "\n")
+    write_text(about_before, json.dumps(about, indent=1) + "\n")
     _report(args)
 
 
@@ -139,6 +142,11 @@ def _rows_so_far(args: argparse.Namespace) -> list[dict[str, str]]:
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _of_others(setting: str) -> bool:
+    """Whether a row is of other weights than those tracked: it stays where this run has none of its own."""
+    return setting.startswith((COMPARED, READER))
 
 
 def _write_readers(runs: Path, results: Path) -> None:

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.ablations import report
-from benchmarks.ablations.settings import CANDIDATES, CAPACITIES, INTERVALS
+from benchmarks.ablations.settings import CANDIDATES, CAPACITIES, INTERVALS, READER
 
 
 def write_all(measured: report.Measured, results: Path) -> None:
@@ -94,7 +94,7 @@ def readers(measured: report.Measured, runs: dict[str, dict[int, np.ndarray]]) -
     names = [name for name in report.READERS if name in runs]
     for row, name in enumerate(names):
         ious = [np.nanmean(iou) for iou in runs[name].values()]
-        settings = [f"reader-{name}-{seed}" for seed in runs[name]]
+        settings = [f"{READER}{name}-{seed}" for seed in runs[name]]
         aucs = [measured.values("dev", s).mean() for s in settings if measured.has("dev", s)]
         for axes, values in ((left, ious), (right, aucs)):
             axes.plot(values, [row] * len(values), "o", color=f"C{row}")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.ablations.settings import CANDIDATES, CAPACITIES, COMPARED, INTERVALS, THRESHOLDS
+from benchmarks.ablations.settings import CANDIDATES, CAPACITIES, COMPARED, INTERVALS, READER, THRESHOLDS
 from dmv_fast.evaluation.results import write_text
 
 RESAMPLES = 10_000
@@ -296,7 +296,7 @@ def _tracked_cells(measured: Measured, runs: dict, variant: str, dataset: str) -
 
 
 def _settings_of(runs: dict, variant: str, seeds: set[int] | None = None) -> list[str]:
-    return [f"reader-{variant}-{seed}" for seed in runs.get(variant, ()) if seeds is None or seed in seeds]
+    return [f"{READER}{variant}-{seed}" for seed in runs.get(variant, ()) if seeds is None or seed in seeds]
 
 
 def tracked_difference(

@@ -18,6 +18,7 @@ from dmv_fast.tracker import FastDMVTracker, TrackerConfig
 from dmv_fast.weights import find, load_model, sha256
 
 COMPARED = "checkpoint-"  # before the name of another checkpoint that is compared
+READER = "reader-"  # before that of a reader trained for Table 1
 CANDIDATES = (1, 2, 4, 8, 16, 32)
 CAPACITIES = (2, 8, 32)
 INTERVALS = (1, 10, 30, 50)
@@ -127,4 +128,4 @@ def compared_of(named: list[str], dtype: str) -> list[Setting]:
 def readers_of(runs: Path, dtype: str) -> list[Setting]:
     """A setting a trained reader, VARIANT-SEED, in the folder that `readers.train` filled."""
     done = sorted(path.parent for path in runs.glob("*/held_out.csv"))
-    return [Setting(f"reader-{run.name}", str(run / "model.safetensors"), dtype, plain=True) for run in done]
+    return [Setting(f"{READER}{run.name}", str(run / "model.safetensors"), dtype, plain=True) for run in done]
