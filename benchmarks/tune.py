@@ -174,7 +174,7 @@ class Replayed:
     def _look(self, frame: int, window: Window) -> tuple[Tensor, Tensor]:
         self.looks += 1
         self._step.step(self._frames[frame], [window], np.full((1, 2), 64.0))
-        _, scores, deltas = self._step._seen
+        _, scores, deltas = self._step.seen
         return scores.cpu().clone(), self._step.network.model.decode(deltas).cpu()
 
     def _bring_to(self, chain: tuple) -> None:
@@ -245,11 +245,11 @@ def measure(
     tracker: FastDMVTracker, variations: dict[str, TrackerConfig], played: Iterable[Trial]
 ) -> Iterator[Table]:
     """Variation -> an outcome a trial; after each trial once more."""
-    step = tracker._frames
+    step = tracker.frame_step
     table: Table = {name: [] for name in variations}
     for trial in played:
         began = time.perf_counter()
-        replayed = tracker._frames = Replayed(step, trial.frames)
+        replayed = tracker.frame_step = Replayed(step, trial.frames)
         for name, config in variations.items():
             tracker.config, replayed.pick = config, config.pick
             table[name].append(follow(tracker, trial))

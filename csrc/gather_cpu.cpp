@@ -1,4 +1,4 @@
-// dmv_fast::gather_candidates_cpu: retrieved values weighted and joined with the query's part (paper section 3.3).
+// dmv_fast::gather_candidates_cpu: retrieved values weighted and joined with the query's part (paper section 3.2).
 #include "gather_cpu.h"
 
 #include <torch/csrc/stable/library.h>

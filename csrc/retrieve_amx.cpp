@@ -44,8 +44,8 @@ struct ProductAmx {
 };
 
 // Numbers in two parts, whose sum is meant: three of their four products, which share their tiles. Queries are rows of
-// first parts, then of second ones; keys are tiles already: of 16 keys [depth / 32][2 parts][16][32] (split_keys in
-// dmv_fast/ops/split.py), which takes a fifth less time than rows far apart do.
+// first parts, then of second ones; keys are tiles already: of 16 keys [depth / 32][2 parts][16][32] (pack_keys in
+// dmv_fast/ops/packed.py), which takes a fifth less time than rows far apart do.
 struct ProductAmxSplit : ProductAmx {
   static constexpr int64_t kDepthStep = 64;
 

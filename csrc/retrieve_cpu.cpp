@@ -71,7 +71,6 @@ std::tuple<Tensor, Tensor> retrieve_by(
   STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "keys: its dtype should be query's");
   STD_TORCH_CHECK(
       call.depth == 1 || (query.stride(2) == 1 && keys.stride(2) == 1), "query, keys: rows should be contiguous");
-  call.dtype = dtype_of(query);
   call.query = static_cast<const char*>(query.const_data_ptr());
   call.keys = static_cast<const char*>(keys.const_data_ptr());
   call.query_batch_stride = query.stride(0);
@@ -137,7 +136,7 @@ RetrieveTiles screened_kernel() {
 bool retrieve_split_cpu_runs() { return split_kernel() != nullptr; }
 bool retrieve_screened_cpu_runs() { return screened_kernel() != nullptr; }
 
-// Float32 numbers as two bfloat16 parts: queries side by side, keys in tiles, see dmv_fast/ops/split.py.
+// Float32 numbers as two bfloat16 parts: queries side by side, keys in tiles, see dmv_fast/ops/packed.py.
 std::tuple<Tensor, Tensor> retrieve_split_cpu(
     const Tensor& query,  // [B, M, 2 D] bfloat16, D a multiple of 32, else as above
     const Tensor& keys,   // [B, N, 2 D], N a multiple of 32 and contiguous along it
@@ -155,7 +154,7 @@ std::tuple<Tensor, Tensor> retrieve_split_cpu(
   return retrieve_by(kernel, query, keys, k, valid, 2 * kMaxDepth, 32);
 }
 
-// Float32 numbers with a bfloat16 copy before them, which tells which of them matter, see dmv_fast/ops/split.py.
+// Float32 numbers with a bfloat16 copy before them, which tells which of them matter, see dmv_fast/ops/packed.py.
 std::tuple<Tensor, Tensor> retrieve_screened_cpu(
     const Tensor& query,                 // [B, M, 3 D] bfloat16, D a multiple of 32, else as above
     const Tensor& keys,                  // [B, N, 3 D]

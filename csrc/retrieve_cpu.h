@@ -18,7 +18,6 @@ enum class Dtype { float32, bfloat16, float16 };
 struct Retrieval {
   const char* query;  // [batch][queries][depth]
   const char* keys;   // [batch][count][depth]
-  Dtype dtype;
   int64_t queries, count, depth;
   int64_t query_batch_stride, query_row_stride, key_batch_stride, key_row_stride;
   const int32_t* valid;  // [batch] or null
@@ -26,8 +25,6 @@ struct Retrieval {
   float* scores;     // [batch][queries][k]
   int32_t* indices;  // [batch][queries][k]
 };
-
-constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // Streams all keys past query tiles first..last (last - first <= kMaxTiles) of one batch item. `scratch` grows to
 // what is needed, belongs to the calling thread and is kept for its next call.

@@ -1,5 +1,5 @@
 // Float32 retrieval at about the price of bfloat16. Rows hold their numbers twice, rounded to bfloat16 and as they are
-// (dmv_fast/ops/split.py), so packed queries do too: [D / 2][kTile] pairs, then [D][kTile] float32. All keys are
+// (dmv_fast/ops/packed.py), so packed queries do too: [D / 2][kTile] pairs, then [D][kTile] float32. All keys are
 // multiplied in bfloat16. That is off by at most
 //   |q.k - q0.k0| <= |q0||k - k0| + |q - q0||k| <= (2 u + u^2) |q0||k0|
 // (Cauchy-Schwarz), as rounding changes a number by u = 2^-8 of what it becomes at most. So a key whose q0.k0 lies more

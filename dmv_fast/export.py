@@ -10,7 +10,7 @@ A fourth, without weights, stands in for the read in the first frame, where the 
 first:    box (B, 4) -> scores, deltas
 
 B and N are free, N at least K. The first `valid` rows of the memory exist. A stored value is C wide: the
-voting net's first linear map is applied when it is written (design: "inference algebra").
+voting net's first linear map is applied when it is written (see runtime/fold.py).
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmv_fast import ops
-from dmv_fast.runtime.network import FastNetwork
 from dmv_fast.vision.crop import Window, cut
 
 if TYPE_CHECKING:
@@ -113,11 +111,11 @@ class Watch:
     def __init__(self, tracker: FastDMVTracker):
         self.first_frame = 0
         """The number of the frame that the next `init` is given; the others are counted from it."""
-        self._step = tracker._frames
+        self._step = tracker.frame_step
         self._remembered: dict[int, Remembered] = {}  # by the tracker's own count, which starts at 0
         self._last: tuple[np.ndarray, Window, np.ndarray] | None = None  # frame, search window, answer (5,)
         self._matched: tuple[Tensor, Tensor, list[int]] | None = None  # scores, indices, frame of each slot
-        tracker._frames = _WatchedStep(self._step, self)
+        tracker.frame_step = _WatchedStep(self._step, self)
 
     def look(self) -> Insight | None:
         """Inside the last tracked frame; None after `init`, which matches nothing."""
@@ -132,25 +130,20 @@ class Watch:
         return Insight(
             window, score_map, chosen, scores.cpu().numpy(), np.where(none, -1, indices // locations),
             np.where(none, -1, indices % locations), tuple(self._remembered[frame] for frame in frames),
-            self._step.memory.banks[0].capacity,
+            self._step.memory.slots[0].capacity,
         )  # fmt: skip
 
     def _match(self) -> tuple[Tensor, Tensor, list[int]]:
         """scores and indices (M, K) of the last frame's candidates, and the frames that the slots hold."""
         step = self._step
-        bank, maps = step.memory.banks[0], step._seen[0][:1]
+        slots, maps = step.memory.slots[0], step.seen.maps[:1]
         with torch.inference_mode():
-            keys = step.memory.keys[:1]
-            if isinstance(step.network, FastNetwork):
-                scores, indices = step.network.match(maps, keys, step.k, bank.valid)
-            else:
-                query = step.network.model.read.query(maps.permute(0, 3, 1, 2))
-                scores, indices = ops.retrieve(query, keys, step.k, valid=bank.valid, backend="reference")
-        return scores[0], indices[0], [frame for frame in bank.frames if frame is not None]
+            scores, indices = step.network.match(maps, step.memory.keys[:1], step.k, slots.valid)
+        return scores[0], indices[0], [frame for frame in slots.frames if frame is not None]
 
     def _score_map(self, answer: np.ndarray) -> tuple[np.ndarray, int]:
         """The best anchor's score at each location (H, W), and the location that the answer came from."""
-        _, scores, deltas = (part[:1] for part in self._step._seen)
+        scores, deltas = self._step.seen.scores[:1], self._step.seen.deltas[:1]
         with torch.inference_mode():
             boxes = self._step.network.model.decode(deltas)[0].flatten(0, 2).double().cpu().numpy()
             scores = scores[0].float().cpu().numpy()  # (A, H, W)
@@ -173,7 +166,7 @@ class Watch:
     def _written(self, frame: int) -> None:
         image, window, _ = self._last
         self._remembered[frame] = Remembered(self._started_at + frame, window, cut(image, window))
-        held = {*self._step.memory.banks[0].frames, *(self._matched[2] if self._matched else ())}
+        held = {*self._step.memory.slots[0].frames, *(self._matched[2] if self._matched else ())}
         self._remembered = {n: memory for n, memory in self._remembered.items() if n in held}
 
 

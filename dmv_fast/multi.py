@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dmv_fast.tracker import Target, TrackerConfig, TrackResult, as_bgr, check_box, frame_step_for
+from dmv_fast.runtime.load import frame_step_for
+from dmv_fast.target import Target, TrackerConfig, TrackResult
+from dmv_fast.vision.frames import as_bgr, check_box
 
 
 class MultiTracker:
@@ -27,7 +29,10 @@ class MultiTracker:
             raise ValueError(f"capacity is {capacity}; there must be room for 1 target at least")
         self.config = TrackerConfig() if config is None else config
         self._capacity = capacity
-        self._frames = frame_step_for(weights, k, device, dtype, backend, self.config, targets=capacity)
+        self.frame_step = frame_step_for(
+            weights, k, device, dtype, backend,
+            capacity=self.config.capacity, pick=self.config.pick, targets=capacity,
+        )  # fmt: skip
         self._targets: list[Target] = []  # place -> target; places in use come first
         self._names: list[int] = []  # place -> the number that `add` gave
         self._next_name = 0
@@ -48,7 +53,7 @@ class MultiTracker:
         if self._targets:
             self._targets[0].check_size(image)
         target = Target(box, image)
-        self._frames.start(len(self._targets), image, target.look(self.config)[0], box)
+        self.frame_step.start(len(self._targets), image, target.look(self.config)[0], box)
         self._targets.append(target)
         self._names.append(self._next_name)
         self._next_name += 1
@@ -60,7 +65,7 @@ class MultiTracker:
             raise KeyError(f"no target {number}; there are {self._names}")
         place, last = self._names.index(number), len(self._names) - 1
         if place != last:
-            self._frames.move(last, place)
+            self.frame_step.move(last, place)
             self._targets[place], self._names[place] = self._targets[last], self._names[last]
         del self._targets[last], self._names[last]
 
@@ -75,10 +80,10 @@ class MultiTracker:
             return {}
         self._targets[0].check_size(image)
         windows, sizes = zip(*(target.look(self.config) for target in self._targets), strict=True)
-        answers = self._frames.step(image, windows, np.array(sizes))
+        answers = self.frame_step.step(image, windows, np.array(sizes))
         results = {}
         for place, name in enumerate(self._names):
-            write = functools.partial(self._frames.write, place)
+            write = functools.partial(self.frame_step.write, place)
             results[name] = self._targets[place].settle(windows[place], answers[place], self.config, write)
         return results
 

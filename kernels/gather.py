@@ -1,4 +1,4 @@
-"""Candidate rows for the voting net, straight from the retrieved indices (paper section 3.3).
+"""Candidate rows for the voting net, straight from the retrieved indices (paper section 3.2).
 
     rows[b, m, c] = K s[b, m, c] / sum(s[b, m]) * v + query_part[b, m],
     v = values[b, i[b, m, c]], or null_value where i[b, m, c] = -1.

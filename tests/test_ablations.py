@@ -77,7 +77,7 @@ def remembered(one: settings.Setting, sequence: datasets.Sequence) -> list[int]:
     tracker.init(images[0], BOX)
     for image in images[1:]:
         tracker.track(image)
-    return [frame for frame in tracker._frames.memory.banks[0].frames if frame is not None]
+    return [frame for frame in tracker.frame_step.memory.slots[0].frames if frame is not None]
 
 
 def test_every_setting_is_named_once_and_differs_from_the_base(weights):
@@ -111,7 +111,7 @@ def test_background_is_zero_in_the_memory_and_the_target_is_not(weights, sequenc
     image = next(sequences[0].images())
     tracker.init(image, BOX)
     kept.init(image, BOX)
-    memory, whole = tracker._frames.memory, kept._frames.memory
+    memory, whole = tracker.frame_step.memory, kept.frame_step.memory
     rows = memory.locations
     inside = torch.zeros(16, 16, dtype=torch.bool)
     inside[6:11, 6:11] = True  # a target of 64 pixels in the middle: cells of 16, centred on 96 .. 160

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dmv_fast import FastDMVTracker
 from dmv_fast.model.dmv import DMV, DMVConfig
-from dmv_fast.ops.split import split_keys
+from dmv_fast.ops.packed import pack_keys
 from dmv_fast.runtime import convolution, load
 from dmv_fast.runtime.convolution import Convolution, amx_runs
 from dmv_fast.runtime.network import FastNetwork, PlainNetwork
@@ -176,7 +176,7 @@ def test_the_network_of_three_products_is_nearly_the_float32_one():
         for dtype in (torch.bfloat16, torch.float32):
             fast = FastNetwork(model, dtype=dtype, device=CPU, backend="auto", split=dtype == torch.float32)
             maps = fast.look(crops)
-            stored = split_keys(keys) if fast.key_width == 512 else keys.to(dtype)
+            stored = pack_keys(keys) if fast.key_width == 512 else keys.to(dtype)
             found = fast.predict(maps, stored, projected.to(dtype), 4, 704)
             errors.append((relative(maps[..., :256], seen), relative(found.deltas, expected.deltas)))
     assert errors[1][0] < 1e-4 and errors[1][1] < 2e-3

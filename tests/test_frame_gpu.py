@@ -92,7 +92,7 @@ def test_frame_is_the_reference_s(shipped, dtype):
         expected, found = (step.step(image, windows, sizes) for step in steps)
         assert_alike(found, expected)
         assert all(step.write(0, i) for step in steps)
-    frames = [step.memory.banks[0].frames for step in steps]
+    frames = [step.memory.slots[0].frames for step in steps]
     assert frames[0] == frames[1]
 
 
@@ -147,7 +147,7 @@ def test_every_kind_of_frame(config, options, box):
         steps = plain, fast
         for step in steps:
             assert np.isfinite(step.step(image, *at([box]))).all()
-        (_, scores, deltas), (_, fast_scores, fast_deltas) = (step._seen for step in steps)
+        (_, scores, deltas), (_, fast_scores, fast_deltas) = (step.seen for step in steps)
         assert (fast_scores.cpu() - scores).abs().mean() < 0.05
         assert (fast_deltas.cpu() - deltas).abs().mean() < 0.1 * deltas.abs().mean() + 0.02
         assert [step.write(0, i) for step in steps] == [True, True]
@@ -182,16 +182,16 @@ def test_what_is_written_is_what_was_seen():
         step.step(IMAGES[i], *at(BOXES[:2]))
         for place in (1, 0) if i % 2 else (0,):
             with torch.inference_mode():
-                keys, values = step.network.remember(*(part[place : place + 1] for part in step._seen))
+                keys, values = step.network.remember(*(part[place : place + 1] for part in step.seen))
             assert step.write(place, i)
             kept[place][i] = keys[0]
-            slot = memory.banks[place].frames.index(i)
+            slot = memory.slots[place].frames.index(i)
             rows = slice(slot * locations, (slot + 1) * locations)
             torch.testing.assert_close(memory.values[place, rows], values[0], atol=1e-2, rtol=1e-2)
     for place in range(2):
-        bank = memory.banks[place]
-        assert memory.valid[place].item() == bank.valid == 3 * locations
-        for slot, frame in enumerate(bank.frames):
+        slots = memory.slots[place]
+        assert memory.valid[place].item() == slots.valid == 3 * locations
+        for slot, frame in enumerate(slots.frames):
             rows = slice(slot * locations, (slot + 1) * locations)
             torch.testing.assert_close(memory.keys[place, rows], kept[place][frame], atol=2e-3, rtol=1e-2)
 
@@ -223,7 +223,7 @@ def test_many_targets_are_as_each_alone(count):
         assert np.isfinite(many.step(image, *at(BOXES[:count]))).all()
         for place, single in enumerate(singles):
             single.step(image, *at(BOXES[place : place + 1]))
-            for found, expected in zip(many._seen, single._seen, strict=True):
+            for found, expected in zip(many.seen, single.seen, strict=True):
                 error = (found[place].float() - expected[0].float()).abs().mean()
                 assert error < 0.02 * expected.float().abs().mean() + 0.005
             assert many.write(place, i) == single.write(0, i)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dmv_fast.model.backbone import Backbone, BasicBlock, BottleneckBlock
 from dmv_fast.model.dmv import DMV, DMVConfig
-from dmv_fast.model.memory import MemoryBank, MemoryPolicy, ValueEncoder
+from dmv_fast.model.memory import FrameSlots, MemoryPolicy, ValueEncoder
 from dmv_fast.model.pick import PickConfig, cosine_window, pick
 from dmv_fast.model.retrieval import SoftmaxRead
 from dmv_fast.model.voting import CandidateMlp, VotingNet
@@ -153,33 +153,30 @@ def test_low_scores_are_not_written():
 
 
 def test_memory_never_drops_the_first_and_drops_the_oldest_else():
-    bank = MemoryBank(1, 4, 2, 3, 5)
+    slots = FrameSlots(4, 2)
     for frame in range(9):
-        bank.write(torch.full((1, 2, 3), float(frame)), torch.full((1, 2, 5), float(frame)), frame)
-        held = sorted(f for f in bank.frames if f is not None)
+        slot = slots.claim(frame)
+        held = sorted(f for f in slots.frames if f is not None)
         assert held == ([0, *range(max(1, frame - 2), frame + 1)] if frame else [0])
-        assert bank.frames[0] == 0 and bank.keys[0, :2].eq(0).all()
-        assert bank.valid == 2 * min(frame + 1, 4)
-    for slot, frame in enumerate(bank.frames):
-        assert bank.values[0, 2 * slot].eq(frame).all()
+        assert slots.frames[0] == 0 and slots.frames[slot] == frame
+        assert slots.valid == 2 * min(frame + 1, 4)
 
 
 def test_memory_of_one_frame_keeps_the_first():
-    bank = MemoryBank(1, 1, 2, 3, 5)
-    bank.write(torch.ones(1, 2, 3), torch.ones(1, 2, 5), 0)
-    assert bank.write(torch.zeros(1, 2, 3), torch.zeros(1, 2, 5), 30) is None
-    assert bank.keys.eq(1).all()
+    slots = FrameSlots(1, 2)
+    assert slots.claim(0) == 0
+    assert slots.claim(30) is None
+    assert slots.frames == [0] and slots.valid == 2
 
 
 def test_memory_clone_and_clear():
-    bank = MemoryBank(1, 3, 2, 3, 5)
-    bank.write(torch.ones(1, 2, 3), torch.ones(1, 2, 5), 0)
-    copy = bank.clone()
-    bank.write(torch.ones(1, 2, 3), torch.ones(1, 2, 5), 30)
-    assert (copy.count, bank.count) == (1, 2) and copy.frames == [0, None, None]
-    assert copy.keys.data_ptr() != bank.keys.data_ptr()
-    bank.clear()
-    assert bank.valid == 0 and copy.count == 1
+    slots = FrameSlots(3, 2)
+    slots.claim(0)
+    copy = slots.clone()
+    slots.claim(30)
+    assert (copy.valid, slots.valid) == (2, 4) and copy.frames == [0, None, None]
+    slots.clear()
+    assert slots.valid == 0 and slots.frames == [None] * 3 and copy.valid == 2
 
 
 def test_policy_keeps_the_interval_and_refuses_low_scores():
@@ -194,11 +191,9 @@ def test_unwritten_memory_is_never_read(model):
     torch.manual_seed(0)
     features = torch.randn(1, 256, 16, 16)
     keys, values = model.remember(features, *model.exact_maps(torch.tensor([[96.0, 96, 64, 64]])))
-    bank = model.new_memory(1, 3)
-    bank.keys.fill_(float("nan"))
-    bank.values.fill_(7.0)
-    bank.write(keys, values, 0)
-    got = model(features, bank.keys, bank.values, valid=bank.valid)
+    bank_keys, bank_values = (torch.full((1, 3 * 256, 256), fill) for fill in (float("nan"), 7.0))
+    bank_keys[:, :256], bank_values[:, :256] = keys, values
+    got = model(features, bank_keys, bank_values, valid=256)
     expected = model(features, keys, values)
     assert torch.allclose(got.logits, expected.logits, atol=1e-4)
 
@@ -253,14 +248,11 @@ def test_compared_readers_learn_and_never_read_unwritten_memory(changed):
     model = DMV(DMVConfig(**changed))
     features = torch.randn(2, 256, 16, 16)
     keys, values = model.remember(features, *model.exact_maps(torch.tensor([[96.0, 96, 64, 64]] * 2)))
-    bank = model.new_memory(2, 2)
-    bank.keys.fill_(9.0)
-    bank.values.fill_(7.0)
-    with torch.no_grad():
-        bank.write(keys, values, 0)
+    bank_keys, bank_values = (torch.full((2, 2 * 256, 256), fill) for fill in (9.0, 7.0))
+    bank_keys[:, :256], bank_values[:, :256] = keys.detach(), values.detach()
     expected = model(features, keys, values)
-    for valid in (bank.valid, torch.full((2,), bank.valid, dtype=torch.int32)):
-        got = model(features, bank.keys, bank.values, valid=valid)
+    for valid in (256, torch.full((2,), 256, dtype=torch.int32)):
+        got = model(features, bank_keys, bank_values, valid=valid)
         assert torch.allclose(got.logits, expected.logits, atol=1e-4)
     expected.logits.sum().backward()
     learns = model.read.log_temperature.grad is not None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.pick import PickConfig
-from dmv_fast.ops.split import join_keys, split_keys
+from dmv_fast.ops.packed import pack_keys, unpack_keys
 from dmv_fast.runtime import precision
 from dmv_fast.runtime.convolution import Convolution
 from dmv_fast.runtime.fold import fold_vote
@@ -202,10 +202,10 @@ def check_networks(plain: PlainNetwork, fast: FastNetwork, tolerance: float) -> 
         keys, values = plain.remember(seen, *maps)
         fast_keys, fast_values = fast.remember(fast_seen, *maps)
         laid_out = fast.key_width > model.config.key_dim
-        assert relative(join_keys(fast_keys) if laid_out else fast_keys, keys) < tolerance
+        assert relative(unpack_keys(fast_keys) if laid_out else fast_keys, keys) < tolerance
         assert relative(fast_values, project(values)) < tolerance
         keys, values = random_memory(model)
-        stored = split_keys(keys) if laid_out else keys.to(fast.dtype)
+        stored = pack_keys(keys) if laid_out else keys.to(fast.dtype)
         for k in (1, 4):
             expected = plain.predict(seen, keys, values, k, 650)
             found = fast.predict(fast_seen, stored, project(values).to(fast.dtype), k, 650)
@@ -236,7 +236,7 @@ def test_boxes_are_the_reference_s(dtype, pixels):
         assert np.abs(found[0, :4] - expected[0, :4]).max() < pixels
         assert abs(found[0, 4] - expected[0, 4]) < (1e-3 if dtype == torch.float32 else 0.1)
         assert [step.write(0, i) for step in steps] == [True, True]
-    assert steps[0].memory.banks[0].frames == steps[1].memory.banks[0].frames == [0, 3, 2]
+    assert steps[0].memory.slots[0].frames == steps[1].memory.slots[0].frames == [0, 3, 2]
 
 
 def make_step(model: DMV, dtype: torch.dtype = torch.float32, targets: int = 1) -> FrameStep:
@@ -280,7 +280,7 @@ def test_targets_remember_and_move_on_their_own(model):
     assert step.memory.valid.tolist()[0] == 512
     np.testing.assert_allclose(step.step(images[2], windows[1:], sizes[1:])[0], expected, atol=1e-3)
     step.memory.clear(1)  # what moved is not what it came from
-    assert step.memory.banks[0].frames[:2] == [0, 1]
+    assert step.memory.slots[0].frames[:2] == [0, 1]
 
 
 def test_clone_remembers_on_its_own(model):
@@ -299,7 +299,7 @@ def test_clone_remembers_on_its_own(model):
 
 
 def test_a_frame_allocates_nothing_that_stays(model):
-    """The ring is what was allocated at the start, however many frames are written to it."""
+    """The memory is what was allocated at the start, however many frames are written to it."""
     step = make_step(model, torch.bfloat16)
     images = frames(2)
     window = search_window(BOXES[0])
@@ -312,8 +312,7 @@ def test_a_frame_allocates_nothing_that_stays(model):
         step.write(0, frame)
     assert step.memory is memory and memory.keys is storage[0] and memory.values is storage[1]
     assert [part.data_ptr() for part in storage] == places
-    assert all(bank.keys.is_meta for bank in memory.banks)  # which say what is where, and hold nothing
-    assert memory.banks[0].frames == [0, 7, 6]
+    assert memory.slots[0].frames == [0, 7, 6]
 
 
 @pytest.mark.parametrize("slow, chosen", [("bfloat16", torch.float32), ("float32", torch.bfloat16)])

@@ -48,7 +48,7 @@ def bench(clip) -> Bench:
 def test_a_timed_tracker_has_a_full_memory_and_stands_still(bench):
     run = bench.run_of(replace(SMALL, memory=3, k=2))
     (tracker,) = run._trackers
-    frames = tracker._frames
+    frames = tracker.frame_step
     before, window = frames.memory.keys.clone(), tracker._target.look(tracker.config)[0]
     for i in range(3):
         run(i)
@@ -62,7 +62,7 @@ def test_several_targets_are_one_call_with_as_many_boxes(bench):
     run = bench.run_of(replace(SMALL, targets=3))
     (tracker,) = run._trackers
     assert len(tracker) == 3
-    assert tracker._frames.memory.valid.tolist() == [2 * 256] * 3
+    assert tracker.frame_step.memory.valid.tolist() == [2 * 256] * 3
 
 
 def test_sections_leave_rows_in_turns_and_without_warm_up(clip):
@@ -153,7 +153,7 @@ def test_endurance_shows_growth_after_the_first_block(monkeypatch, leaks, least,
 def test_endurance_remembers_on_the_way(bench):
     tracker = bench.follower(MemoryPolicy(interval=2, threshold=0.0))
     found = endure(tracker, bench.clip, 6)
-    assert tracker._frames.memory.valid.tolist() == [512]
+    assert tracker.frame_step.memory.valid.tolist() == [512]
     assert len(found.blocks) == 1 and found.p50_ms > 0
 
 

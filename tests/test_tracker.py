@@ -173,7 +173,7 @@ def test_clone_goes_its_own_way(tracker):
         other.track(images[5])
     fresh = tracker.clone()
     assert fresh.track(images[2]) == tracker.track(images[2])
-    assert copies[0]._frames.network is tracker._frames.network
+    assert copies[0].frame_step.network is tracker.frame_step.network
 
 
 def test_lost_target_keeps_its_last_box(weights):
@@ -190,7 +190,7 @@ def test_memory_policy_is_kept(weights):
     tracker = FastDMVTracker(weights, device="cpu", config=config)
     written = [r.memory_written for r in run(tracker, frames(9))]
     assert written == [False, True] * 4
-    assert sorted(tracker._frames.memory.banks[0].frames) == [0, 6, 8]
+    assert sorted(tracker.frame_step.memory.slots[0].frames) == [0, 6, 8]
     never = TrackerConfig(policy=MemoryPolicy(interval=1, threshold=1.1))
     assert not any(
         r.memory_written for r in run(FastDMVTracker(weights, device="cpu", config=never), frames())

@@ -271,7 +271,7 @@ else:
             step.move(2, 0)
         assert_same(steps, IMAGES[1], [BOXES[2], BOXES[1]])
         assert steps[1].write(1, 3) and steps[0].write(1, 3)  # full: over the oldest but the first
-        assert plain.banks[1].frames == fast.banks[1].frames == [0, 3, 2]
+        assert plain.slots[1].frames == fast.slots[1].frames == [0, 3, 2]
         torch.testing.assert_close(fast.keys, plain.keys, atol=1e-4, rtol=1e-4)
         project = steps[0].network.model.read.voting.value_in
         torch.testing.assert_close(fast.values, project(plain.values), atol=1e-2, rtol=1e-3)

@@ -62,7 +62,7 @@ def test_a_replay_says_what_the_network_says(tune, tmp_path):
         return FastDMVTracker(weights, device="cpu", dtype="float32", config=config)
 
     tracker = make(often)
-    replayed = tracker._frames = tune.Replayed(tracker._frames, frames)
+    replayed = tracker.frame_step = tune.Replayed(tracker.frame_step, frames)
     looks = []
     for config in configs:
         tracker.config, replayed.pick = config, config.pick

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmv_fast.model.dmv import DMV, Prediction
-from dmv_fast.ops.split import join_keys, split_keys
+from dmv_fast.ops.packed import pack_keys, unpack_keys
 from dmv_fast.runtime.network import Network
 from dmv_fast.runtime.precision import fast_dtype
 from dmv_fast.runtime.trunk import Trunk
@@ -37,8 +37,8 @@ class WithoutBackground:
         inside = inside_box(self.model, boxes[torch.arange(len(best)), best])[..., None]  # (B, M, 1)
         if self._wipe == "all":
             laid_out = self.key_width > self.model.config.key_dim
-            keys = (join_keys(keys) if laid_out else keys).masked_fill(~inside, 0.0)
-            keys = split_keys(keys) if laid_out else keys
+            keys = (unpack_keys(keys) if laid_out else keys).masked_fill(~inside, 0.0)
+            keys = pack_keys(keys) if laid_out else keys
         return keys, values * inside
 
 

@@ -65,11 +65,11 @@ class Setting:
         """On the CPU, so that rows of one table never come from two machines' arithmetic."""
         tracker = FastDMVTracker(self.weights, self.k, "cpu", self.dtype, config=self.config)
         if self.plain or self.wipe:
-            frames = tracker._frames
+            frames = tracker.frame_step
             network = _half_plain(self.weights) if self.plain else frames.network
             if self.wipe:
                 network = WithoutBackground(network, self.wipe)
-            tracker._frames = make_frame_step(
+            tracker.frame_step = make_frame_step(
                 network, k=frames.k, capacity=self.config.capacity, pick=self.config.pick
             )
         return tracker

@@ -1,23 +1,18 @@
-"""Does the score mean something: scores against the overlap that was reached, and `dmv-fast calibration`.
+"""Does the score mean something: scores against the overlap that was reached.
 
 Well calibrated: of the frames that a tracker gives the score s, the share s has an IoU over 0.5.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dmv_fast.evaluation import datasets
 from dmv_fast.evaluation.datasets import DatasetError, Sequence, read_rows
 from dmv_fast.evaluation.metrics import overlap
-from dmv_fast.evaluation.results import write_text
 
 GOOD = 0.5  # IoU above which a box counts as right
 BINS = 10
@@ -129,28 +124,3 @@ def plot_reliability(found: Reliability, path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Data set and the results to judge."""
-    parser.add_argument("dataset", metavar="DATASET", choices=[*datasets.READERS, "auto"])
-    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="the folder of the data set")
-    parser.add_argument(
-        "--results", type=Path, required=True, metavar="DIR", help="the --out folder of `dmv-fast eval`"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the table; write reliability.csv and reliability.png beside the results."""
-    found = reliability(*read_results(args.results, datasets.load(args.dataset, args.root)))
-    if not found.count.sum():
-        raise ValueError(f"results {args.results}: no annotated frame has a score; this tracker gives none")
-    print(found.table())
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(found.rows())
-    write_text(args.results / "reliability.csv", stream.getvalue())
-    try:
-        plot_reliability(found, args.results / "reliability.png", args.results.resolve().name)
-    except ImportError:
-        print("no plot: it needs matplotlib (pip install 'dmv-fast[eval]')")
-    return 0

@@ -25,10 +25,13 @@ import torch
 from dmv_fast.evaluation.trackers import OPENCV_TRACKERS, Box, OpenCVFactory, Tracker
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.memory import MemoryPolicy
+from dmv_fast.model.pick import PickConfig
 from dmv_fast.multi import MultiTracker
 from dmv_fast.runtime.frame import FrameStep
+from dmv_fast.runtime.load import frame_step_for
+from dmv_fast.runtime.network import FastNetwork
 from dmv_fast.runtime.precision import without_auto
-from dmv_fast.tracker import FastDMVTracker, TrackerConfig, frame_step_for
+from dmv_fast.tracker import FastDMVTracker, TrackerConfig
 from dmv_fast.vision.crop import search_window
 from dmv_fast.weights import save_model
 
@@ -306,8 +309,9 @@ class Bench:
 
     def frame_step(self, s: Setting) -> FrameStep:
         """What runs a frame of that setting, its memory full."""
-        config = TrackerConfig(s.memory)
-        step = frame_step_for(self._weights(s), s.k, s.device, s.dtype, s.backend, config)
+        step = frame_step_for(
+            self._weights(s), s.k, s.device, s.dtype, s.backend, capacity=s.memory, pick=PickConfig()
+        )
         window = search_window(self.clip.box)
         step.start(0, self.clip.frames[0], window, self.clip.box)
         for i in range(1, s.memory):
@@ -379,7 +383,7 @@ class Bench:
         for i in range(1, frames):
             tracker.track(self.clip.frames[(i - 1) % len(self.clip.frames)])
             for place in range(places):  # past the tracker, which remembers nothing that it has not found
-                tracker._frames.write(place, i)
+                tracker.frame_step.write(place, i)
 
     def _boxes(self, count: int) -> list[Box]:
         height, width = self.clip.frames[0].shape[:2]
@@ -391,7 +395,7 @@ class Bench:
 def stage_times(step: FrameStep, clip: Clip, frames: int) -> dict[str, list[Taken]]:
     """What each stage of a frame takes, by its name. The device is waited for after each."""
     network, memory = step.network, step.memory
-    window, valid = search_window(clip.box), memory.banks[0].valid
+    window, valid = search_window(clip.box), memory.slots[0].valid
     sizes = torch.tensor(window.to_crop(clip.box)[None, 2:], dtype=torch.float32, device=network.device)
     times: dict[str, list[Taken]] = {}
 
@@ -410,10 +414,14 @@ def stage_times(step: FrameStep, clip: Clip, frames: int) -> dict[str, list[Take
         for i in range(_WARM_UP + frames):
             crops = timed("crop", step.crops, clip.frames[i % len(clip.frames)], [window])
             maps = timed("backbone", network.look, crops)
-            found = timed("retrieve", network.match, maps, memory.keys, step.k, valid)
-            candidates = timed("gather", network.gather, maps, memory.values, *found)
-            timed("vote", network.vote, maps, candidates)
-            prediction = timed("head", network.head, maps)
+            if isinstance(network, FastNetwork):
+                found = timed("retrieve", network.match, maps, memory.keys, step.k, valid)
+                candidates = timed("gather", network.gather, maps, memory.values, *found)
+                timed("vote", network.vote, maps, candidates)
+                prediction = timed("head", network.head, maps)
+            else:  # the plain network is not in stages
+                bank = memory.keys, memory.values
+                prediction = timed("predict", network.predict, maps, *bank, step.k, valid)
             timed("box", lambda p=prediction, m=maps: step.choose(m, p, sizes).cpu())
             timed("write", step.write, 0, 0)
     return {name: taken[_WARM_UP:] for name, taken in times.items()}

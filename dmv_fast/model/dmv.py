@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmv_fast.model.backbone import Backbone
 from dmv_fast.model.head import BoxHead
-from dmv_fast.model.memory import MemoryBank, ValueEncoder
+from dmv_fast.model.memory import ValueEncoder
 from dmv_fast.model.retrieval import MemoryRead, Similarity, SoftmaxRead
 from dmv_fast.model.voting import CandidateMlp, VotingNet
 from dmv_fast.vision import boxes
@@ -89,14 +89,6 @@ class DMV(nn.Module):
     def locations(self) -> int:
         """M = H * W."""
         return self.config.grid**2
-
-    def new_memory(self, batch: int, capacity: int) -> MemoryBank:
-        """An empty bank that fits this network, on its device and in its precision."""
-        like = self.read.null_value
-        return MemoryBank(
-            batch, capacity, self.locations, self.config.key_dim, self.config.value_dim,
-            device=like.device, dtype=like.dtype,
-        )  # fmt: skip
 
     def forward(
         self, features: Tensor, keys: Tensor, values: Tensor, *,

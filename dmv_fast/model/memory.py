@@ -1,7 +1,8 @@
-"""The memory: what a past frame leaves behind (section 3.1), where it is kept and when (section 3.5)."""
+"""The memory: what a past frame leaves behind (section 3.1), in which slot, and when (section 3.5)."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -31,68 +32,48 @@ class ValueEncoder(nn.Module):
         return self.norm(self.conv2(torch.relu(self.conv1(x))).flatten(2).transpose(1, 2))
 
 
-class MemoryBank:
-    """A preallocated ring of T frames of keys and values for B targets (section 3.5).
+class FrameSlots:
+    """Which of the T slots of a memory each remembered frame is in (section 3.5); the numbers lie elsewhere.
 
-    Slot 0 holds the first frame and is never dropped; the others are overwritten oldest first. Keys and
-    values lie as the retrieval reads them, (B, T * M, D) and (B, T * M, V); the first `valid` rows exist.
+    Slot 0 holds the first frame and is never dropped; the others are overwritten oldest first. A memory is
+    rows (T * M, ...), slot after slot; the first `valid` rows exist.
     """
 
-    def __init__(
-        self, batch: int, capacity: int, locations: int, key_dim: int, value_dim: int, *,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
+    def __init__(self, capacity: int, locations: int):
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; a memory holds at least 1 frame")
-        self.capacity = capacity
-        self.locations = locations
-        self.keys = torch.zeros(batch, capacity * locations, key_dim, device=device, dtype=dtype)
-        self.values = torch.zeros(batch, capacity * locations, value_dim, device=device, dtype=dtype)
+        self.capacity, self.locations = capacity, locations
         self.frames: list[int | None] = [None] * capacity  # slot -> number of the frame it holds
         self._writes = 0
 
     @property
-    def count(self) -> int:
-        """How many slots are in use."""
-        return min(self._writes, self.capacity)
-
-    @property
     def valid(self) -> int:
-        """How many leading rows of `keys` and `values` exist."""
-        return self.count * self.locations
+        """How many leading rows exist."""
+        return min(self._writes, self.capacity) * self.locations
 
-    def write(self, keys: Tensor, values: Tensor, frame: int) -> int | None:
-        """Store one frame, keys (B, M, D) and values (B, M, V); returns the slot.
+    def claim(self, frame: int) -> int | None:
+        """The slot that a frame is to be written to, from now on its own.
 
-        A bank of capacity 1 keeps its first frame: later writes are refused (None).
+        A memory of capacity 1 keeps its first frame: later ones are refused (None).
         """
-        slot = self._next_slot()
-        if slot is None:
+        if self._writes < self.capacity:
+            slot = self._writes
+        elif self.capacity == 1:
             return None
-        rows = slice(slot * self.locations, (slot + 1) * self.locations)
-        self.keys[:, rows] = keys
-        self.values[:, rows] = values
+        else:
+            slot = 1 + (self._writes - self.capacity) % (self.capacity - 1)
         self.frames[slot] = frame
         self._writes += 1
         return slot
 
-    def _next_slot(self) -> int | None:
-        if self._writes < self.capacity:
-            return self._writes
-        if self.capacity == 1:
-            return None
-        return 1 + (self._writes - self.capacity) % (self.capacity - 1)
-
     def clear(self) -> None:
-        """Forget every frame; the storage stays."""
-        self._writes = 0
+        """Forget every frame."""
         self.frames = [None] * self.capacity
+        self._writes = 0
 
-    def clone(self) -> MemoryBank:
+    def clone(self) -> FrameSlots:
         """An independent copy."""
-        other = MemoryBank.__new__(MemoryBank)
-        other.__dict__.update(self.__dict__)
-        other.keys, other.values = self.keys.clone(), self.values.clone()
+        other = copy.copy(self)
         other.frames = list(self.frames)
         return other
 

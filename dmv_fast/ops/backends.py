@@ -86,8 +86,8 @@ def check_backend(backend: str, device_type: str) -> str:
     if backend == "auto":
         return fastest_backend(device_type)
     if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} is unknown, it should be one of auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}")
     problem = available_backends(device_type)[backend]
     if problem is not None:
-        raise ValueError(f"backend: {backend!r} cannot be used on {device_type!r}: {problem}")
+        raise ValueError(f"backend {backend!r} cannot be used on {device_type}: {problem}")
     return backend

@@ -1,4 +1,4 @@
-"""Candidate gather: retrieved values, weighted and joined with the query's part (paper section 3.3)."""
+"""Candidate gather: retrieved values, weighted and joined with the query's part (paper section 3.2)."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def gather_candidates(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """The voting net's input rows, straight from what ``retrieve`` returned (paper section 3.3).
+    """The voting net's input rows, straight from what ``retrieve`` returned (paper section 3.2).
 
     rows[b, m, c] = K * scores[b, m, c] / sum(scores[b, m]) * value + query_part[b, m], where value is
     values[b, indices[b, m, c]], or null_value for index -1. float32 inside.
@@ -139,7 +139,9 @@ def gather_candidates(
         rows: (B, M, K, C), dtype of values. Differentiable in everything but indices.
 
     Raises:
-        ValueError: naming the argument, what it is and what it should be.
+        ValueError: naming the argument, what it is and what it should be (shapes, dtypes, devices, backend).
+        RuntimeError: backend "cpu" only: an index outside -1..N-1. The others do not look: it is the caller's
+            promise, as checking would wait for the device.
     """
     _check(values, null_value, query_part, indices, scores)
     return _gather(values, null_value, query_part, indices, scores, backend)

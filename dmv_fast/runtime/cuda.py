@@ -15,7 +15,7 @@ from torch import Tensor
 from dmv_fast.model.dmv import Prediction
 from dmv_fast.model.pick import PickConfig
 from dmv_fast.runtime import hardware
-from dmv_fast.runtime.frame import FrameStep
+from dmv_fast.runtime.frame import FrameStep, Seen
 from dmv_fast.runtime.network import FastNetwork
 from dmv_fast.runtime.pixels import GPU_CHANNELS
 from dmv_fast.vision.crop import CROP_SIZE, MEAN, Window, cut, mean_colour
@@ -78,26 +78,26 @@ class CudaFrameStep(FrameStep):
             self._recorded_write()  # before anything else, so that convolutions are chosen here ...
             self._recorded_step(target + 1)  # ... and not in the middle of a video
             super().start(target, image, window, box)
-            self._seen = None
+            self.seen = None
 
     def step(self, image: np.ndarray, windows: Sequence[Window], sizes: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             run = self._recorded_step(len(windows))
             self._upload(image, windows, sizes)
             run()
-            self._seen = self._maps, self._scores, self._deltas
+            self.seen = Seen(self._maps, self._scores, self._deltas)
             self._answer_in.copy_(self._answer, non_blocking=True)
             self._wait()
             return self._answer_in[: len(windows)].double().numpy()
 
     def write(self, target: int, frame: int) -> bool:
-        assert self._seen is not None, "write before step"
+        assert self.seen is not None, "write before step"
         with torch.inference_mode():
             run = self._recorded_write()
             slot = self.memory.claim(target, frame)
             if slot is None:
                 return False
-            for place, number in enumerate((target, slot, self.memory.banks[target].valid)):
+            for place, number in enumerate((target, slot, self.memory.slots[target].valid)):
                 self._order[place].fill_(number)
             run()
             return True
@@ -106,15 +106,15 @@ class CudaFrameStep(FrameStep):
         other = copy.copy(self)
         with torch.inference_mode():
             other.memory = self.memory.clone()
-            other._allocate(len(self.memory.banks))
+            other._allocate(len(self.memory.slots))
             for name in ("_maps", "_scores", "_deltas"):
                 getattr(other, name).copy_(getattr(self, name))
-        if self._seen is not None:
-            other._seen = other._maps, other._scores, other._deltas
+        if self.seen is not None:
+            other.seen = Seen(other._maps, other._scores, other._deltas)
         return other
 
     def choose(self, maps: Tensor, prediction: Prediction, sizes: Tensor) -> Tensor:
-        n, seen = len(sizes), (self._maps, self._scores, self._deltas)
+        n, seen = len(sizes), Seen(self._maps, self._scores, self._deltas)
         if self._fused:
             from dmv_fast.kernels.choose import choose
 
@@ -123,10 +123,10 @@ class CudaFrameStep(FrameStep):
             choose(*prediction, anchors, self._window, sizes, self.pick, *out)
         else:
             self._answer[:n] = super().choose(maps, prediction, sizes)
-            self._scores[:n], self._deltas[:n] = self._seen[1:]
+            self._scores[:n], self._deltas[:n] = self.seen.scores, self.seen.deltas
         if maps.data_ptr() != self._maps.data_ptr():
             self._maps[:n] = maps
-        self._seen = seen
+        self.seen = seen
         return self._answer[:n]
 
     # ---- to the device and back ----------------------------------------------------------------------
@@ -185,7 +185,7 @@ class CudaFrameStep(FrameStep):
 
     def _recorded_step(self, n: int) -> Callable[[], None]:
         """What does n places, and maybe some more whose answers nobody reads."""
-        n = min(_served(n), len(self.memory.banks))
+        n = min(_served(n), len(self.memory.slots))
         if n not in self._steps:
             self._steps[n] = self._record(lambda: self._look(n))
         return self._steps[n]

@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,15 +15,26 @@ from torch import Tensor
 
 from dmv_fast.model.dmv import Prediction
 from dmv_fast.model.pick import PickConfig, cosine_window, pick
+from dmv_fast.runtime.memory import MemoryBank
 from dmv_fast.runtime.network import Network
-from dmv_fast.runtime.ring import Ring
 from dmv_fast.vision.crop import CROP_SIZE, Window, cut
 
 
 @functools.cache
 def _cutters(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that cut crops, one pool a process: a forked one has none of its parent's threads."""
+    """Threads that cut crops. Keyed by process: after a fork the parent's pool has no threads."""
     return ThreadPoolExecutor(threads, thread_name_prefix="crop")
+
+
+class Seen(NamedTuple):
+    """What a step saw of n targets, for the memory."""
+
+    maps: Tensor
+    """(n, H, W, D or more), as Network.look gives them."""
+    scores: Tensor
+    """(n, A, H, W) in [0, 1]."""
+    deltas: Tensor
+    """(n, A, 4, H, W)."""
 
 
 class FrameStep:
@@ -36,10 +48,10 @@ class FrameStep:
 
     def __init__(self, network: Network, *, k: int, capacity: int, pick: PickConfig, targets: int = 1):
         self.network, self.k, self.pick = network, k, pick
-        self.memory = Ring(network, targets, capacity)
+        self.memory = MemoryBank(network, targets, capacity)
         config = network.model.config
         self._window = cosine_window(len(config.anchor_ratios), config.grid, device=network.device)
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # maps, scores, deltas of the last step
+        self.seen: Seen | None = None  # by the last step
 
     def start(self, target: int, image: np.ndarray, window: Window, box: Sequence[float]) -> None:
         """Make the target at box (xywh, frame pixels) what the place remembers, as its frame 0.
@@ -66,9 +78,9 @@ class FrameStep:
 
     def write(self, target: int, frame: int) -> bool:
         """Remember the last step's frame, as it was seen and predicted; False where the memory refuses it."""
-        assert self._seen is not None, "write before step"
+        assert self.seen is not None, "write before step"
         with torch.inference_mode():
-            seen = (part[target : target + 1] for part in self._seen)
+            seen = (part[target : target + 1] for part in self.seen)
             return self.memory.write(target, *self.network.remember(*seen), frame)
 
     def move(self, source: int, target: int) -> None:
@@ -103,13 +115,13 @@ class FrameStep:
         scores = prediction.logits.sigmoid()
         boxes = self.network.model.decode(prediction.deltas)
         choice = pick(scores, boxes, sizes, self._window, self.pick)
-        self._seen = maps, scores, prediction.deltas
+        self.seen = Seen(maps, scores, prediction.deltas)
         return torch.cat([choice.box, choice.score[:, None]], 1)
 
     def _forward(self, crops: Tensor, sizes: Tensor) -> Tensor:
         """crops (n, 256, 256, 3) uint8, sizes (n, 2) -> (n, 5) float32 on the device."""
         n, memory, network = len(crops), self.memory, self.network
-        valid = memory.banks[0].valid if len(memory.banks) == 1 else memory.valid[:n]
+        valid = memory.slots[0].valid if len(memory.slots) == 1 else memory.valid[:n]
         maps = network.look(crops)
         prediction = network.predict(maps, memory.keys[:n], memory.values[:n], self.k, valid)
         return self.choose(maps, prediction, sizes)

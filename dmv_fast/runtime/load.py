@@ -9,6 +9,8 @@ import threading
 import torch
 
 from dmv_fast.model.pick import PickConfig
+from dmv_fast.ops.backends import check_backend
+from dmv_fast.ops.retrieve import MAX_K
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.convolution import amx_runs
 from dmv_fast.runtime.frame import FrameStep
@@ -63,3 +65,34 @@ def make_frame_step(
     if hardware.on_gpu(network.device) and isinstance(network, FastNetwork):
         from dmv_fast.runtime.cuda import CudaFrameStep as kind
     return kind(network, k=k, capacity=capacity, pick=pick, targets=targets)
+
+
+def frame_step_for(
+    weights: str, k: int | None, device: str, dtype: str, backend: str, *,
+    capacity: int, pick: PickConfig, targets: int = 1,
+) -> FrameStep:  # fmt: skip
+    """FastDMVTracker's arguments, checked, as what runs a frame; the network is shared."""
+    where = _resolve_device(device)
+    if backend != "auto":
+        check_backend(backend, where.type)
+    network = load_network(str(weights), where, dtype, backend)
+    k = network.model.config.candidates if k is None else k
+    if not 1 <= k <= MAX_K:
+        raise ValueError(f"k is {k}; it must be 1 to {MAX_K}")
+    return make_frame_step(network, k=k, capacity=capacity, pick=pick, targets=targets)
+
+
+def _resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; try auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}; PyTorch sees no CUDA GPU here (see `dmv-fast doctor`)")
+    return device

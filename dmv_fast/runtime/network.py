@@ -1,4 +1,4 @@
-"""The network as a frame needs it: three calls, by the plain reference or folded and fast."""
+"""The network as a frame needs it: four calls, by the plain reference or folded and fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dmv_fast import ops
 from dmv_fast.model.dmv import DMV, Prediction
 from dmv_fast.model.head import BoxHead
 from dmv_fast.model.memory import ValueEncoder
-from dmv_fast.ops.split import key_room, retrieve_split, split_keys, takes_screened, takes_split
+from dmv_fast.ops.packed import pack_keys, packed_width, retrieve_packed, screening_runs, tiles_run
 from dmv_fast.runtime.convolution import Convolution, run_chain
 from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.rows import Projection, with_length
@@ -38,6 +38,9 @@ class Network(Protocol):
     def look(self, crops: Tensor) -> Tensor:
         """crops (B, 256, 256, 3) uint8 BGR -> maps."""
 
+    def match(self, maps: Tensor, keys: Tensor, k: int, valid: Tensor | int) -> tuple[Tensor, Tensor]:
+        """The K best keys of each location: scores and indices (B, M, K) as ops.retrieve's."""
+
     def predict(self, maps: Tensor, keys: Tensor, values: Tensor, k: int, valid: Tensor | int) -> Prediction:
         """keys (B, N, key_width), values (B, N, value_width), valid as in ops.retrieve -> float32 maps."""
 
@@ -58,6 +61,10 @@ class PlainNetwork:
     def look(self, crops: Tensor) -> Tensor:
         return self.model.backbone(normalise(crops)).permute(0, 2, 3, 1)
 
+    def match(self, maps: Tensor, keys: Tensor, k: int, valid: Tensor | int) -> tuple[Tensor, Tensor]:
+        query = self.model.read.query(maps.permute(0, 3, 1, 2))
+        return ops.retrieve(query, keys, k, valid=valid, backend=self._backend)
+
     def predict(self, maps: Tensor, keys: Tensor, values: Tensor, k: int, valid: Tensor | int) -> Prediction:
         return self.model(maps.permute(0, 3, 1, 2), keys, values, k=k, valid=valid, backend=self._backend)
 
@@ -71,9 +78,9 @@ class FastNetwork:
     The memory holds values as the voting net reads them: C wide, projected once, when written. The last V
     channels of its maps are room for what is retrieved, so that the head reads both as one map.
 
-    split: of float32, the large products made of those of bfloat16 parts (see Convolution); keys are then
-    kept as two such parts. Where bfloat16 serves the retrieval alone, keys are kept for that in any case (see
-    ops.split).
+    split: of float32, make large products of bfloat16 ones, of two parts of each number (see Convolution).
+    Keys are stored packed for the processor (ops.packed): with `split` where there is AMX, in any case where
+    AVX512_BF16 screens them.
     """
 
     def __init__(
@@ -85,14 +92,14 @@ class FastNetwork:
         weights = fold_vote(model.read)
         self.value_width = weights.value_in.shape[0]
         cosine = model.read.similarity == "cosine"
-        self._split_keys = (
+        self._pack_keys = (
             (dtype, device.type) == (torch.float32, "cpu")
             and backend in ("auto", "cpu")
             and model.config.key_dim % 32 == 0
-            and (split and takes_split() or cosine and takes_screened())
+            and (split and tiles_run() or cosine and screening_runs())
         )
         depth = model.config.key_dim
-        self.key_width, self.key_dtype = key_room(depth) if self._split_keys else (depth, dtype)
+        self.key_width, self.key_dtype = packed_width(depth) if self._pack_keys else (depth, dtype)
         self._trunk = Trunk(model.backbone, split=split, **where)
         self._vote = fused_vote(weights, split=split, **where)
         self._null = weights.null.to(device, dtype)
@@ -123,10 +130,9 @@ class FastNetwork:
     # ---- predict's stages, apart so that each can be timed -------------------------------------------
 
     def match(self, maps: Tensor, keys: Tensor, k: int, valid: Tensor | int) -> tuple[Tensor, Tensor]:
-        """The K best keys of each location: ops.retrieve, or ops.split's."""
         query = self._unit(self._features(maps), self._temperature)
-        if self._split_keys:
-            return retrieve_split(query, keys, k, valid=valid)
+        if self._pack_keys:
+            return retrieve_packed(query, keys, k, valid=valid)
         return ops.retrieve(query, keys, k, valid=valid, backend=self._backend)
 
     def gather(self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
@@ -154,7 +160,7 @@ class FastNetwork:
         soft = F.pad(soft, (0, -(features.shape[-1] + soft.shape[-1]) % 32))
         values = self._encoder(torch.cat([features, soft], -1).permute(0, 3, 1, 2))
         keys = self._unit(features.flatten(1, 2), 1.0)
-        return split_keys(keys) if self._split_keys else keys, values
+        return pack_keys(keys) if self._pack_keys else keys, values
 
     def _unit(self, rows: Tensor, length: float | None) -> Tensor:
         """rows (B, M, D) at that length ("cosine"), or as they are (None for "dot")."""

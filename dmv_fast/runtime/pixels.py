@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmv_fast.ops.split import bfloat16_parts
+from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.convolution import Convolution, amx_runs
 from dmv_fast.vision.crop import CROP_SIZE

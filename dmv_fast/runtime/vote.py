@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmv_fast.ops.backends import cpu_kernel_runs
-from dmv_fast.ops.split import bfloat16_parts
+from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.fold import VoteWeights
 

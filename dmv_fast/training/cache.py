@@ -23,7 +23,7 @@ from dmv_fast.vision.crop import normalise
 
 
 class FeatureCache:
-    """`features.f16` (S, N, C3, 32, 32) in a memory map and `boxes.npy` (S, N, 4), filled in order.
+    """`features.f16` (S, N, C3, 32, 32) in a memory map and `boxes.f32` (S, N, 4), filled in order.
 
     An interrupted fill goes on where it stopped; a cache of another recipe is refused.
     """

@@ -1,4 +1,4 @@
-"""The search crop: which square of a frame the network sees, and the way back (design: SiamFC's scaling)."""
+"""The search crop: which square of a frame the network sees, and the way back (scaled as SiamFC does)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memories of all targets of a stream, in one piece, so that one call reads them all."""
+"""The memory bank: those of all targets of a stream in one piece, so that one call reads them all."""
 
 from __future__ import annotations
 
@@ -7,36 +7,33 @@ import copy
 import torch
 from torch import Tensor
 
-from dmv_fast.model.memory import MemoryBank
+from dmv_fast.model.memory import FrameSlots
 from dmv_fast.runtime.network import Network
 
 
-class Ring:
+class MemoryBank:
     """keys (targets, T * M, key_width) and values (targets, T * M, value_width), allocated once.
 
-    valid (targets,) int32 on the device: how many leading rows of each exist. Which slot is written next is
-    MemoryBank's to say: `banks` are such without storage.
+    valid (targets,) int32 on the device: how many leading rows of each exist. slots: which frame is where, a
+    target each.
     """
 
     def __init__(self, network: Network, targets: int, capacity: int):
         self.locations, device = network.model.locations, network.device
-        shape = (capacity, self.locations, network.key_width, network.value_width)
         rows = capacity * self.locations
         self.keys = torch.zeros(targets, rows, network.key_width, dtype=network.key_dtype, device=device)
         self.values = torch.zeros(targets, rows, network.value_width, dtype=network.dtype, device=device)
         self.valid = torch.zeros(targets, dtype=torch.int32, device=device)
-        self.banks = [MemoryBank(1, *shape, device="meta") for _ in range(targets)]
+        self.slots = [FrameSlots(capacity, self.locations) for _ in range(targets)]
 
     def clear(self, target: int) -> None:
         """Forget what is remembered of a target."""
-        self.banks[target].clear()
+        self.slots[target].clear()
         self.valid[target] = 0
 
     def claim(self, target: int, frame: int) -> int | None:
         """The slot that a frame is now to be written to; None where the memory refuses it."""
-        bank = self.banks[target]
-        nothing = torch.empty((), device="meta")
-        return bank.write(nothing, nothing, frame)
+        return self.slots[target].claim(frame)
 
     def write(self, target: int, keys: Tensor, values: Tensor, frame: int) -> bool:
         """Store one frame, keys (1, M, ...) and values (1, M, ...); False where the memory refuses it."""
@@ -46,24 +43,18 @@ class Ring:
         rows = slice(slot * self.locations, (slot + 1) * self.locations)
         self.keys[target, rows] = keys[0]
         self.values[target, rows] = values[0]
-        self.valid[target] = self.banks[target].valid
+        self.valid[target] = self.slots[target].valid
         return True
 
     def move(self, source: int, target: int) -> None:
         """Put one target's memory in another's place; the source's stays as it is."""
         for storage in (self.keys, self.values, self.valid):
             storage[target] = storage[source]
-        self.banks[target] = _copied(self.banks[source])
+        self.slots[target] = self.slots[source].clone()
 
-    def clone(self) -> Ring:
+    def clone(self) -> MemoryBank:
         """An independent copy."""
         other = copy.copy(self)
         other.keys, other.values, other.valid = self.keys.clone(), self.values.clone(), self.valid.clone()
-        other.banks = [_copied(bank) for bank in self.banks]
+        other.slots = [slots.clone() for slots in self.slots]
         return other
-
-
-def _copied(bank: MemoryBank) -> MemoryBank:
-    other = copy.copy(bank)
-    other.frames = list(bank.frames)
-    return other

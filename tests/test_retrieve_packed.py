@@ -9,26 +9,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmv_fast import ops
-from dmv_fast.ops.split import (
-    bfloat16_parts,
-    join_keys,
-    join_tiles,
-    key_room,
-    retrieve_split,
-    retrieve_split_reference,
-    split_keys,
-    split_rows,
-    split_tiles,
-    takes_screened,
-    takes_split,
-    with_rounded,
-    without_rounded,
+from dmv_fast.ops.packed import (
+    from_tiles,
+    pack_keys,
+    packed_width,
+    parts_in_a_row,
+    retrieve_packed,
+    retrieve_packed_reference,
+    screening_runs,
+    tiles_run,
+    to_tiles,
+    unpack_keys,
+    with_bfloat16_copy,
+    without_copy,
 )
+from dmv_fast.ops.parts import bfloat16_parts
 
 SIZES = [(1, 256, 8192, 256), (2, 37, 352, 96), (1, 5, 32, 512)]
-needs_amx = pytest.mark.skipif(not takes_split(), reason="no AMX in this processor, or no C++ extension")
+needs_amx = pytest.mark.skipif(not tiles_run(), reason="no AMX in this processor, or no C++ extension")
 needs_bfloat16 = pytest.mark.skipif(
-    not (takes_split() or takes_screened()), reason="no bfloat16 in this processor, or no C++ extension"
+    not (tiles_run() or screening_runs()), reason="no bfloat16 in this processor, or no C++ extension"
 )
 
 
@@ -38,22 +38,22 @@ def rows(*shape: int, length: float) -> Tensor:
 
 def test_two_parts_leave_a_hundred_thousandth():
     x = torch.randn(3, 48, 64) * torch.logspace(-6, 6, 64)
-    assert ((join_tiles(split_tiles(x)) - x).abs() <= 2**-16 * x.abs()).all()
-    assert torch.equal(split_rows(x).float().unflatten(-1, (2, 64)).sum(-2), join_tiles(split_tiles(x)))
+    assert ((from_tiles(to_tiles(x)) - x).abs() <= 2**-16 * x.abs()).all()
+    assert torch.equal(parts_in_a_row(x).float().unflatten(-1, (2, 64)).sum(-2), from_tiles(to_tiles(x)))
     assert bfloat16_parts(x.bfloat16().float())[1].count_nonzero() == 0
 
 
 def test_a_rounded_copy_leaves_the_numbers_as_they_are():
     x = torch.randn(3, 64, 48).mT
-    laid = with_rounded(x)
-    assert torch.equal(without_rounded(laid), x)
+    laid = with_bfloat16_copy(x)
+    assert torch.equal(without_copy(laid), x)
     assert torch.equal(laid[..., :32].contiguous().view(torch.bfloat16), x.bfloat16())
 
 
 def test_keys_need_the_room_that_is_said():
-    keys = split_keys(rows(2, 64, 96, length=1))
-    assert (keys.shape[-1], keys.dtype) == key_room(96)
-    torch.testing.assert_close(join_keys(keys).norm(dim=-1), torch.ones(2, 64))
+    keys = pack_keys(rows(2, 64, 96, length=1))
+    assert (keys.shape[-1], keys.dtype) == packed_width(96)
+    torch.testing.assert_close(unpack_keys(keys).norm(dim=-1), torch.ones(2, 64))
 
 
 @needs_bfloat16
@@ -62,9 +62,9 @@ def test_keys_need_the_room_that_is_said():
 def test_equals_the_float32_retrieval(batch, queries, keys, depth, k):
     torch.manual_seed(k)
     query, memory = rows(batch, queries, depth, length=20), rows(batch, keys, depth, length=1)
-    scores, indices = retrieve_split(query, split_keys(memory), k)
+    scores, indices = retrieve_packed(query, pack_keys(memory), k)
     expected, columns = ops.retrieve(query, memory, k, backend="reference")
-    torch.testing.assert_close(scores, expected, atol=1e-7, rtol=2e-4 if takes_split() else 1e-2)
+    torch.testing.assert_close(scores, expected, atol=1e-7, rtol=2e-4 if tiles_run() else 1e-2)
     agree = (indices == columns).float().mean()
     rounded = ops.retrieve(query.bfloat16(), memory.bfloat16(), k, backend="reference")[1]
     assert agree >= 0.998 and agree >= (rounded == columns).float().mean()
@@ -78,42 +78,42 @@ def test_two_keys_that_bfloat16_cannot_tell_apart():
     memory = torch.zeros(1, 32, depth)
     memory[0, :3, 0] = torch.tensor([1.0, 1.0 + 2**-10, 1.0 - 2**-10])
     assert len(memory.bfloat16()[0, :3, 0].unique()) == 1
-    _, indices = retrieve_split(query, split_keys(memory), 3)
+    _, indices = retrieve_packed(query, pack_keys(memory), 3)
     assert indices.flatten().tolist() == [1, 0, 2]
 
 
 @needs_bfloat16
 def test_valid_keys_alone_count_and_threads_change_nothing():
     torch.manual_seed(0)
-    query, memory = rows(2, 70, 64, length=10), split_keys(rows(2, 512, 64, length=1))
+    query, memory = rows(2, 70, 64, length=10), pack_keys(rows(2, 512, 64, length=1))
     valid = torch.tensor([160, 0], dtype=torch.int32)
-    answers = on_threads((1, 3), lambda: retrieve_split(query, memory, 4, valid=valid))
+    answers = on_threads((1, 3), lambda: retrieve_packed(query, memory, 4, valid=valid))
     scores, indices = answers[0]
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
     assert indices[0].max() < 160 and (indices[1] == -1).all()
-    expected = retrieve_split_reference(query, memory, 4, valid)
-    torch.testing.assert_close(scores, expected[0], atol=1e-7, rtol=1e-4 if takes_split() else 1e-2)
-    cut = retrieve_split(query[:1], memory[:1], 4, valid=160)
+    expected = retrieve_packed_reference(query, memory, 4, valid)
+    torch.testing.assert_close(scores, expected[0], atol=1e-7, rtol=1e-4 if tiles_run() else 1e-2)
+    cut = retrieve_packed(query[:1], memory[:1], 4, valid=160)
     assert torch.equal(cut[0], scores[:1]) and torch.equal(cut[1], indices[:1])
-    assert (retrieve_split(query, memory, 4, valid=0)[1] == -1).all()
+    assert (retrieve_packed(query, memory, 4, valid=0)[1] == -1).all()
 
 
 @needs_amx
 def test_wrong_rows_are_refused():
-    query, memory = rows(1, 4, 64, length=1), split_keys(rows(1, 64, 64, length=1))
+    query, memory = rows(1, 4, 64, length=1), pack_keys(rows(1, 64, 64, length=1))
     for bad in (query[..., :48], query[0]):
         with pytest.raises(RuntimeError, match="query: should be bfloat16 .B, M, 2 D., D a multiple of 32"):
-            retrieve_split(bad, memory, 4)
+            retrieve_packed(bad, memory, 4)
     for bad in (memory[:, :40], memory[..., :64], memory[:, ::2]):
         with pytest.raises(RuntimeError, match="keys: should be .B, N, 2 D., N a multiple of 32"):
-            retrieve_split(query, bad, 4)
+            retrieve_packed(query, bad, 4)
     for bad in ([40], [-32], [96]):
         with pytest.raises(RuntimeError, match="valid: should lie in 0..N, multiples of 32"):
-            retrieve_split(query, memory, 4, valid=torch.tensor(bad, dtype=torch.int32))
+            retrieve_packed(query, memory, 4, valid=torch.tensor(bad, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="valid: should be int32"):
-        retrieve_split(query, memory, 4, valid=torch.tensor([32], dtype=torch.int32).expand(9))
+        retrieve_packed(query, memory, 4, valid=torch.tensor([32], dtype=torch.int32).expand(9))
     for bad in (-32, 96):
         with pytest.raises(ValueError, match=f"valid: is {bad}, it should be 0..64"):
-            retrieve_split(query, memory, 4, valid=bad)
+            retrieve_packed(query, memory, 4, valid=bad)
     with pytest.raises(RuntimeError, match="k: should be 1..32"):
-        retrieve_split(query, memory, 33)
+        retrieve_packed(query, memory, 33)

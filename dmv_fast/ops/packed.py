@@ -1,9 +1,11 @@
-"""float32 retrieval by bfloat16 products, over keys laid out for it, on the processors that gain by it.
+"""float32 retrieval made of bfloat16 products, over keys that are stored packed for it; on a CPU only.
 
-With AMX (csrc/retrieve_amx.cpp) a number is two of bfloat16, v = v_0 + v_1 with an error of 2^-17 v, and a
-product of two is three of the four products of their parts, a_1 b_0 + a_0 b_0 + a_0 b_1. With AVX512_BF16
-alone that would take more time than float32 does: there bfloat16 tells which few keys may be among the best,
-and those are multiplied in float32 (csrc/screen_bfloat16.h).
+Two layouts, by what the processor has:
+    tiles     with AMX: each number is two of bfloat16 (`ops.parts`), keys lie as the tiles that the matrix
+              unit loads, and three of the four products of parts are summed (csrc/retrieve_amx.cpp).
+    screened  with AVX512_BF16 alone, where three products would take more time than float32 does: a
+              bfloat16 copy stands before each float32 key. The copies tell which few keys may be among the
+              best, and those are multiplied in float32 (csrc/screen_bfloat16.h).
 """
 
 from __future__ import annotations
@@ -12,40 +14,34 @@ import torch
 from torch import Tensor
 
 from dmv_fast.ops.backends import check_backend, cpu_kernel_runs
+from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.ops.retrieve import retrieve_reference
 
 
-def takes_split() -> bool:
-    """Whether keys are two parts in tiles, as AMX takes them."""
+def tiles_run() -> bool:
+    """Whether this processor retrieves from keys in tiles: it has AMX."""
     return cpu_kernel_runs("retrieve_split_cpu")
 
 
-def takes_screened() -> bool:
-    """Whether keys are rows with a bfloat16 copy before them, as AVX512_BF16 takes them."""
+def screening_runs() -> bool:
+    """Whether this processor retrieves by screening: it has AVX512_BF16 and no AMX."""
     return cpu_kernel_runs("retrieve_screened_cpu")
 
 
-def key_room(depth: int) -> tuple[int, torch.dtype]:
-    """How wide `split_keys` makes keys of that depth, and of which numbers."""
-    return (3 * depth // 2, torch.float32) if takes_screened() else (2 * depth, torch.bfloat16)
+def packed_width(depth: int) -> tuple[int, torch.dtype]:
+    """How wide `pack_keys` makes keys of that depth, and of which numbers."""
+    return (3 * depth // 2, torch.float32) if screening_runs() else (2 * depth, torch.bfloat16)
 
 
 # ---- AMX: two parts ----------------------------------------------------------------------------------
 
 
-def bfloat16_parts(x: Tensor) -> Tensor:
-    """float32 (...) -> (2, ...) bfloat16; the second is what the first, rounded, leaves."""
-    x = x.detach().float()
-    first = x.bfloat16()
-    return torch.stack([first, (x - first.float()).bfloat16()])
-
-
-def split_rows(rows: Tensor) -> Tensor:
+def parts_in_a_row(rows: Tensor) -> Tensor:
     """Queries (B, M, D) float32, of any stride -> (B, M, 2 D) bfloat16: first parts, then second ones."""
     return torch.cat(bfloat16_parts(rows).unbind(0), -1)
 
 
-def split_tiles(rows: Tensor) -> Tensor:
+def to_tiles(rows: Tensor) -> Tensor:
     """Keys (B, N, D) float32, N a multiple of 16, D of 32 -> (B, N, 2 D) bfloat16 in tiles.
 
     16 keys lie together as (D / 32, 2 parts, 16, 32): what the matrix unit takes at once is one piece of
@@ -56,8 +52,8 @@ def split_tiles(rows: Tensor) -> Tensor:
     return tiles.permute(1, 2, 4, 0, 3, 5).reshape(batch, count, 2 * depth)
 
 
-def join_tiles(keys: Tensor) -> Tensor:
-    """What `split_tiles` was given, within 2^-17 of it."""
+def from_tiles(keys: Tensor) -> Tensor:
+    """What `to_tiles` was given, within 2^-17 of it."""
     batch, count, width = keys.shape
     tiles = keys.float().view(batch, count // 16, width // 64, 2, 16, 32).sum(3)
     return tiles.transpose(2, 3).reshape(batch, count, width // 2)
@@ -66,48 +62,48 @@ def join_tiles(keys: Tensor) -> Tensor:
 # ---- AVX512_BF16: a bfloat16 copy ----------------------------------------------------------------------
 
 
-def with_rounded(rows: Tensor) -> Tensor:
+def with_bfloat16_copy(rows: Tensor) -> Tensor:
     """(B, M, D) float32, D even -> (B, M, 3 D / 2): in bfloat16, two in the room of one; then as given."""
     rows = rows.detach().float()
     return torch.cat([rows.bfloat16().contiguous().view(torch.float32), rows], -1)
 
 
-def without_rounded(rows: Tensor) -> Tensor:
-    """What `with_rounded` was given, in the same memory."""
+def without_copy(rows: Tensor) -> Tensor:
+    """What `with_bfloat16_copy` was given, in the same memory."""
     return rows[..., rows.shape[-1] // 3 :]
 
 
 # ---- either --------------------------------------------------------------------------------------------
 
 
-def split_keys(rows: Tensor) -> Tensor:
-    """Keys (B, N, D) float32, N and D multiples of 32, as `retrieve_split` takes them here, see `key_room`.
+def pack_keys(rows: Tensor) -> Tensor:
+    """Keys (B, N, D) float32, N and D multiples of 32, as `retrieve_packed` takes them: `packed_width` wide.
 
     Any whole 32s of keys can be written in the place of others.
     """
-    return with_rounded(rows) if takes_screened() else split_tiles(rows)
+    return with_bfloat16_copy(rows) if screening_runs() else to_tiles(rows)
 
 
-def join_keys(keys: Tensor) -> Tensor:
-    """What `split_keys` was given, within 2^-17 of it."""
-    return without_rounded(keys) if keys.dtype == torch.float32 else join_tiles(keys)
+def unpack_keys(keys: Tensor) -> Tensor:
+    """What `pack_keys` was given, within 2^-17 of it."""
+    return without_copy(keys) if keys.dtype == torch.float32 else from_tiles(keys)
 
 
-def retrieve_split_reference(
+def retrieve_packed_reference(
     query: Tensor, keys: Tensor, k: int, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The specification of `retrieve_split`; that leaves out the products of two second parts."""
-    return retrieve_reference(query, join_keys(keys), k, valid)
+    """The specification of `retrieve_packed`; that leaves out the products of two second parts."""
+    return retrieve_reference(query, unpack_keys(keys), k, valid)
 
 
-def retrieve_split(
+def retrieve_packed(
     query: Tensor,  # (B, M, D)
-    keys: Tensor,  # (B, N, width), see key_room
+    keys: Tensor,  # (B, N, width), see packed_width
     k: int,
     *,
     valid: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ops.retrieve` over what `split_keys` gave, where `takes_split` or `takes_screened`; without gradients.
+    """`ops.retrieve` over what `pack_keys` gave, where `tiles_run` or `screening_runs`; without gradients.
 
     Args:
         query: (B, M, D) float32, D a multiple of 32 up to 512.
@@ -133,8 +129,8 @@ def retrieve_split(
             raise ValueError(f"valid: is {valid}, it should be 0..{keys.shape[1]}, the number of keys")
         keys, valid = keys[:, :valid], None
     if keys.shape[1] == 0:
-        return retrieve_split_reference(query, keys, k, valid)
+        return retrieve_packed_reference(query, keys, k, valid)
     if keys.dtype == torch.float32:
-        halves = with_rounded(query).view(torch.bfloat16), keys.view(torch.bfloat16)
+        halves = with_bfloat16_copy(query).view(torch.bfloat16), keys.view(torch.bfloat16)
         return torch.ops.dmv_fast.retrieve_screened_cpu.default(*halves, k, valid)
-    return torch.ops.dmv_fast.retrieve_split_cpu.default(split_rows(query), keys, k, valid)
+    return torch.ops.dmv_fast.retrieve_split_cpu.default(parts_in_a_row(query), keys, k, valid)
