@@ -36,6 +36,7 @@ except ImportError:
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # runs on torch 2.11 and later
 CUDA_ARCHS = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
+LEAST_ARCH = 80  # cp.async, mma of bfloat16, redux
 JOB_BYTES = 2 << 30  # what one compiler process of this project may take
 # Shims that only a CUDA LibTorch defines: weak references let the module load beside a CPU-only one.
 CUDA_SHIMS = ("aoti_torch_*cuda*", "torch_*cuda*")
@@ -113,6 +114,8 @@ def arch_flags(nvcc: str) -> list[str]:
     for arch in re.split(r"[;,\s]+", asked or CUDA_ARCHS):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         number = match and match[1] + match[2]
+        if number and int(number) < LEAST_ARCH:
+            continue  # lists made for all of torch go further down than the kernels do
         if number in known:
             name = number + match[3]
             codes = f"sm_{name}" + (f",compute_{name}" if match[4] else "")
@@ -120,7 +123,7 @@ def arch_flags(nvcc: str) -> list[str]:
         elif asked:
             raise NotBuildable(f"nvcc knows no {arch!r} of TORCH_CUDA_ARCH_LIST={asked!r}")
     if not flags:
-        raise NotBuildable(f"{nvcc} knows none of the architectures {CUDA_ARCHS}")
+        raise NotBuildable(f"of the architectures {asked or CUDA_ARCHS} {nvcc} knows none from 8.0 on")
     return flags
 
 
@@ -172,9 +175,14 @@ def compile_cuda(folder: Path) -> dict[str, list[str]]:
         "extra_objects": objects,
         "library_dirs": [path[2:] for path in shlex.split(libraries[1] if libraries else "")],
         "libraries": ["cudart_static", "rt", "dl", "pthread"],
-        # the runtime library inside the module stays its own, whichever one torch has loaded
-        "extra_link_args": ["-Wl,--exclude-libs,ALL"],
-    }
+        # The runtime library inside the module stays its own, whichever one torch has loaded. libtorch.so is
+        # but a list of libraries, with the CUDA one where torch has it. The linker would leave it out
+        # (--as-needed is GCC's default on Debian and Ubuntu): the weak references would then be null.
+        "extra_link_args": [
+            "-Wl,--exclude-libs,ALL",
+            "-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state",
+        ],
+    }  # fmt: skip
 
 
 class BuildPy(build_py):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -104,16 +105,23 @@ def build(device: str) -> int:
     """dmv_fast into this Python; where pip cannot, the extension in place and the kernels linked."""
     environment = dict(os.environ)
     if device != "cpu":
-        environment.setdefault("TORCH_CUDA_ARCH_LIST", architecture())
+        environment["TORCH_CUDA_ARCH_LIST"] = architecture()  # an image's own names every card there is
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v"]
     if subprocess.run([*pip, "-e", "."], cwd=ROOT, env=environment).returncode == 0:
-        return 0
+        return left_out(device)
     print("pip could not install it: built in place instead", flush=True)
     link = ROOT / "dmv_fast" / "kernels"
     if not link.exists():
         link.symlink_to("../kernels")
     in_place = [sys.executable, "setup.py", "egg_info", "build_ext", "--inplace"]
-    return subprocess.run(in_place, cwd=ROOT, env=environment).returncode
+    return subprocess.run(in_place, cwd=ROOT, env=environment).returncode or left_out(device)
+
+
+def left_out(device: str) -> int:
+    """1 where the CUDA part should be there and is not: its tests would skip, which looks like passing."""
+    state = json.loads((ROOT / "dmv_fast" / "_build.json").read_text()).get("cuda", "no record")
+    print(f"CUDA part: {state}", flush=True)
+    return int(device != "cpu" and state != "built")
 
 
 def architecture() -> str:

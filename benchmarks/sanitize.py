@@ -21,19 +21,21 @@ def check_retrieval(device: torch.device) -> None:
             print(f"{backend}: {problem or 'is what the others are compared with'}", flush=True)
             continue
         interpreted = backend == "triton" and device.type == "cpu"
-        for dtype in (torch.float16,) if interpreted else (torch.bfloat16, torch.float16):
-            for m, n, d, k in ((130, 700, 256, 4), (70, 300, 64, 32)):
-                torch.manual_seed(0)
-                query, keys = (torch.randn(2, m, d) / 8).to(dtype), torch.randn(2, n, d).to(dtype)
-                valid = torch.tensor([n, n // 3], dtype=torch.int32)
-                expected, _ = ops.retrieve(query, keys, k, valid=valid, backend="reference")
-                inputs = query.to(device), keys.to(device)
-                found, indices = ops.retrieve(*inputs, k, valid=valid.to(device), backend=backend)
-                torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-3)
-                values = torch.randn(2, n, 64).to(device, dtype)
-                rest = torch.randn(64).to(device, dtype), torch.randn(2, m, 64).to(device, dtype)
-                rows = ops.gather_candidates(values, *rest, indices, found, backend=backend)
-                assert rows.cpu().isfinite().all()
+        halves = (torch.float16,) if interpreted else (torch.bfloat16, torch.float16)
+        cases = [(dtype, size) for dtype in halves for size in ((130, 700, 256, 4), (70, 300, 64, 32))]
+        cases += [(dtype, (40, 300, 33, 4)) for dtype in (halves[0], torch.float32)]  # rows not aligned
+        for dtype, (m, n, d, k) in cases:
+            torch.manual_seed(0)
+            query, keys = (torch.randn(2, m, d) / 8).to(dtype), torch.randn(2, n, d).to(dtype)
+            valid = torch.tensor([n, n // 3], dtype=torch.int32)
+            expected, _ = ops.retrieve(query, keys, k, valid=valid, backend="reference")
+            inputs = query.to(device), keys.to(device)
+            found, indices = ops.retrieve(*inputs, k, valid=valid.to(device), backend=backend)
+            torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-3)
+            values = torch.randn(2, n, 64).to(device, dtype)
+            rest = torch.randn(64).to(device, dtype), torch.randn(2, m, 64).to(device, dtype)
+            rows = ops.gather_candidates(values, *rest, indices, found, backend=backend)
+            assert rows.cpu().isfinite().all()
         print(f"{backend}: right", flush=True)
 
 

@@ -36,6 +36,8 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge_splits(const Call call
   }
   for (int distance = 16; distance > 0; distance /= 2)
     add(__shfl_xor_sync(kAllLanes, largest, distance), __shfl_xor_sync(kAllLanes, sum, distance));
+  // Fused multiply-adds round differently in the two lanes of a pair; equal logits need equal scores.
+  sum = __shfl_sync(kAllLanes, sum, 0);
 
   float head[kLaneLists];
   int head_index[kLaneLists], taken[kLaneLists] = {};

@@ -109,6 +109,17 @@ def test_here_the_extension_is_built_wherever_its_compilers_are(wheel: Path) -> 
         assert record["cuda"] == "built"
 
 
+def test_the_cuda_part_brings_torch_s_cuda_library_with_it(wheel: Path, tmp_path: Path) -> None:
+    """Its references to that library are weak: without libtorch.so among what it needs they would be null."""
+    archive = zipfile.ZipFile(wheel)
+    record = json.loads(archive.read("dmv_fast/_build.json"))
+    if record.get("cuda") != "built" or not shutil.which("readelf"):
+        pytest.skip("there is no CUDA part, or no readelf")
+    module = archive.extract("dmv_fast/_C.abi3.so", tmp_path)
+    said = subprocess.run(["readelf", "-d", module], capture_output=True, text=True, check=True).stdout
+    assert "[libtorch.so]" in said
+
+
 def test_wheel_works_in_a_second_environment(second_venv: Path, tmp_path: Path) -> None:
     """Imports, a retrieval and a tracked frame, all from the installed wheel and outside the checkout."""
     torch.manual_seed(0)
@@ -216,6 +227,15 @@ def test_torch_cuda_arch_list_is_honoured(build: dict, nvcc: str, monkeypatch: p
     assert flags == ["arch=compute_90a,code=[sm_90a]", "arch=compute_80,code=[sm_80,compute_80]"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 13.5")
     with pytest.raises(build["NotBuildable"], match=r"13\.5"):
+        build["arch_flags"](nvcc)
+
+
+def test_architectures_that_the_kernels_are_not_for_are_left_out(build: dict, nvcc: str, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0a+PTX")
+    flags = build["arch_flags"](nvcc)[1::2]
+    assert flags == ["arch=compute_80,code=[sm_80]", "arch=compute_90a,code=[sm_90a,compute_90a]"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    with pytest.raises(build["NotBuildable"]):
         build["arch_flags"](nvcc)
 
 

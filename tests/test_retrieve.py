@@ -181,6 +181,13 @@ def test_a_bank_is_read_in_place(backend):
 
 
 @every_backend
+def test_counts_of_any_stride(backend):
+    query, keys = random_pair(2, 4, 40, 32, torch.float32)
+    counts = torch.tensor([5, 40, 7, 40], dtype=torch.int32, device=device_of(backend))[::2]
+    assert_exact(query, keys, 4, *retrieve(backend, query, keys, 4, counts), counts.cpu())
+
+
+@every_backend
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_bad_row_keeps_to_itself(backend, poison):
     for n in (90, 1200):

@@ -56,6 +56,7 @@ def _run(query: Tensor, keys: Tensor, k: int, valid: Tensor | None, backend: str
     if backend == "reference" or keys.shape[1] == 0:
         return retrieve_reference(query, keys, k, valid)
     query, keys = with_contiguous_rows(query), with_contiguous_rows(keys)
+    valid = None if valid is None else valid.contiguous()
     if backend == "triton":
         from dmv_fast.kernels.retrieve import retrieve as retrieve_triton
 
