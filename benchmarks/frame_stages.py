@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from dmv_fast.evaluation.speed import synthetic_clip
+from dmv_fast.evaluation.speed import Clip, synthetic_clip
 from dmv_fast.model.pick import PickConfig
 from dmv_fast.runtime import convolution, cuda
 from dmv_fast.runtime.frame import FrameStep
@@ -54,10 +54,10 @@ def device_us(replay: Callable[[], object], device: torch.device, repeats: int) 
     return statistics.median(times)
 
 
-def stages(step: FrameStep, n: int) -> dict[str, Callable[[], object]]:
+def stages(step: FrameStep, clip: Clip, n: int) -> dict[str, Callable[[], object]]:
     """The stages of a frame of n places, on static inputs; what one leaves the next takes."""
     network, memory = step.network, step.memory
-    crops = step.crops(CLIP.frames[0], [search_window(CLIP.box)] * n).clone()
+    crops = step.crops(clip.frames[0], [search_window(clip.box)] * n).clone()
     maps = network.look(crops)
     valid = memory.valid[:n]
     keys, values = memory.keys[:n], memory.values[:n]
@@ -94,34 +94,38 @@ def launches(work: Callable[[], object]) -> int:
         return 0
 
 
-def measure(rows: list[dict], variant: str, network: FastNetwork, targets: int, k: int, repeats: int) -> None:
+def measure(
+    rows: list[dict], save: Callable[[], None], clip: Clip, variant: str, network: FastNetwork, targets: int,
+    k: int, repeats: int = 20,
+) -> None:  # fmt: skip
     device = network.device
     step = make_frame_step(network, k=k, capacity=FULL, pick=PickConfig(), targets=targets)
-    window = search_window(CLIP.box)
-    windows, sizes = [window] * targets, np.array([window.to_crop(CLIP.box)[2:]] * targets)
+    window = search_window(clip.box)
+    windows, sizes = [window] * targets, np.array([window.to_crop(clip.box)[2:]] * targets)
     told = {"variant": variant, "dtype": str(network.dtype)[6:], "targets": targets, "k": k}
 
     def add(what: str, us: float) -> None:
         rows.append(told | {"what": what, "us": round(us, 2)})
 
     began = time.perf_counter()
-    step.start(0, CLIP.frames[0], window, CLIP.box)
+    step.start(0, clip.frames[0], window, clip.box)
     add("first start", (time.perf_counter() - began) * 1e6)
     for place in range(1, targets):
-        step.start(place, CLIP.frames[0], window, CLIP.box)
+        step.start(place, clip.frames[0], window, clip.box)
     for i in range(1, FULL if device.type == "cuda" else 3):
-        step.step(CLIP.frames[i % len(CLIP.frames)], windows, sizes)
+        step.step(clip.frames[i % len(clip.frames)], windows, sizes)
         for place in range(targets):
             step.write(place, i)
     times = []
     for i in range(10 * repeats if device.type == "cuda" else 2):
         began = time.perf_counter()
-        step.step(CLIP.frames[i % len(CLIP.frames)], windows, sizes)
+        step.step(clip.frames[i % len(clip.frames)], windows, sizes)
         times.append((time.perf_counter() - began) * 1e6)
     add("host", statistics.median(times))
     add("host 99th percentile", sorted(times)[int(0.99 * len(times))])
+    save()  # before the profiler, which may take the process with it
     with torch.inference_mode():
-        for name, work in stages(step, targets).items():
+        for name, work in stages(step, clip, targets).items():
             if device.type == "cuda":
                 replay = cuda.record(work, device, torch.cuda.graph_pool_handle())
                 add(f"{name} launches", launches(work))
@@ -140,7 +144,6 @@ def variants() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
 
 
 def main() -> None:
-    global CLIP
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
     parser.add_argument("--device", default="cuda")
@@ -149,8 +152,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one target, K = 4, no variants")
     options = parser.parse_args()
     device = torch.device(options.device, 0 if options.device == "cuda" else None)
-    CLIP = synthetic_clip()
-    rows: list[dict] = []
+    clip, rows = synthetic_clip(), []
 
     def network(dtype: torch.dtype) -> FastNetwork:
         return load_network(options.weights, device, str(dtype).removeprefix("torch."), "auto")
@@ -171,7 +173,7 @@ def main() -> None:
             with variants()[name]():
                 model = load_model(options.weights, device=device)
                 fresh = FastNetwork(model, dtype=half, device=device, backend="auto")
-                measure(rows, name, fresh, 1, 4, repeats=20)
+                measure(rows, save, clip, name, fresh, 1, 4)
 
         thread = threading.Thread(target=run)
         thread.start()
@@ -179,7 +181,7 @@ def main() -> None:
         save()
 
     def as_it_is(targets: int, k: int, dtype: torch.dtype) -> None:
-        measure(rows, "all", network(dtype), targets, k, repeats=20)
+        measure(rows, save, clip, "all", network(dtype), targets, k)
         save()
 
     as_it_is(1, 4, half)

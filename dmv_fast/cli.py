@@ -36,6 +36,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dmv-fast` with these arguments (default: the process's own) and return the exit code."""
     argv = _join_box(sys.argv[1:] if argv is None else argv)
+    _mend_streams()
     if "--debug" in argv:
         return _run(argv)
     # OpenCV and FFmpeg would print lines of their own beside our one.
@@ -86,11 +87,20 @@ def _join_box(argv: Sequence[str]) -> list[str]:
     """`--box -5,1,9,9` -> `--box=-5,1,9,9`: argparse takes a value with a leading minus for an option."""
     joined: list[str] = []
     for word in argv:
-        if joined and joined[-1] == "--box" and word[:1] == "-" and word[1:2].isdigit():
+        if joined and joined[-1] == "--box" and word[:1] == "-" and word[1:2] in "0123456789." and word[1:]:
             joined[-1] = f"--box={word}"
         else:
             joined.append(word)
     return joined
+
+
+def _mend_streams() -> None:
+    """Closed ones (`>&-`, a service) take what is said to nowhere; a name that one cannot show is escaped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the process's life)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _say(kind: str, message: str) -> None:

@@ -111,6 +111,7 @@ class Watch:
     def __init__(self, tracker: FastDMVTracker):
         self.first_frame = 0
         """The number of the frame that the next `init` is given; the others are counted from it."""
+        self._started_at = 0
         self._step = tracker.frame_step
         self._remembered: dict[int, Remembered] = {}  # by the tracker's own count, which starts at 0
         self._last: tuple[np.ndarray, Window, np.ndarray] | None = None  # frame, search window, answer (5,)
@@ -119,7 +120,7 @@ class Watch:
 
     def look(self) -> Insight | None:
         """Inside the last tracked frame; None after `init`, which matches nothing."""
-        if self._last is None:
+        if self._last is None or 0 not in self._remembered:  # made after `init`: that frame is not known
             return None
         _, window, answer = self._last
         scores, indices, frames = self._matched or self._match()

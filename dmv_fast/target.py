@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -40,6 +41,21 @@ class TrackerConfig:
     search_patience: int = 60
     """Frames of a loss in which the search keeps to the side of the frame on which the target left, or to
     about a window's width around where it was hidden; after these it goes over the whole frame."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("capacity", 1), ("search_home", 1), ("search_patience", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+        if not 1 <= self.search_width < math.inf:
+            raise ValueError(f"search_width is {self.search_width!r}; it must be 1 or more")
+
+    @classmethod
+    def of(cls, config: TrackerConfig | None) -> TrackerConfig:
+        """What a tracker is given, None for the defaults; TypeError for anything else."""
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(f"config is {type(config).__name__}; it must be a TrackerConfig")
+        return cls() if config is None else config
 
 
 class TrackResult(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class FastDMVTracker:
         self, weights: str = "dmv18", k: int | None = None, device: str = "auto", dtype: str = "auto",
         backend: str = "auto", config: TrackerConfig | None = None,
     ):  # fmt: skip
-        self.config = TrackerConfig() if config is None else config
+        self.config = TrackerConfig.of(config)
         self.frame_step = frame_step_for(
             weights, k, device, dtype, backend, capacity=self.config.capacity, pick=self.config.pick
         )
@@ -92,10 +93,19 @@ class FastDMVTracker:
 
     def clone(self) -> FastDMVTracker:
         """An independent tracker in the same state; the weights are shared."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other.frame_step = self.frame_step.clone()
         other._target = copy.copy(self._target)
         return other
 
+    __copy__ = clone  # a shallow one would share the memory: two trackers that spoil each other's
+
     def __deepcopy__(self, memo: dict) -> FastDMVTracker:
         return self.clone()
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError(
+            "a tracker does not pickle, its weights are laid out for this processor; "
+            "make one in each process, by the same arguments"
+        )

@@ -69,7 +69,14 @@ class GOT10kTracker(Tracker):
 
 
 def _bgr(image: Image.Image) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+    return np.ascontiguousarray(np.asarray(_rgb(image))[:, :, ::-1])
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Of 16 bits the upper 8, as OpenCV reads such a file; PIL alone would make nearly all of it white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")  # a copy, also of one that is RGB already, with its pixels in memory
 
 
 def _decoded(files: Sequence[str]) -> Iterator[Image.Image]:
@@ -84,4 +91,4 @@ def _decoded(files: Sequence[str]) -> Iterator[Image.Image]:
 
 def _open(file: str) -> Image.Image:
     with Image.open(file) as image:
-        return image.convert("RGB")  # a copy, also of one that is RGB already, with its pixels in memory
+        return _rgb(image)

@@ -73,9 +73,10 @@ class DMV:
             info: its `init_bbox` is x, y, w, h, or a dict of such boxes.
         """
         given = info["init_bbox"]
-        self._several = isinstance(given, Mapping)
-        self._targets = OrderedDict()
-        return self._output(self._start(self._bgr(image), given if self._several else {None: given}))
+        several = isinstance(given, Mapping)
+        started, answers = self._start(self._bgr(image), given if several else {None: given})
+        self._targets, self._several = started, several
+        return self._output(answers)
 
     def track(self, image: np.ndarray, info: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The next frame; targets that enter in it are in `info["init_bbox"]`, a dict.
@@ -83,12 +84,16 @@ class DMV:
         Returns:
             target_bbox [x, y, w, h] and object_presence_score (0 to 1), or an OrderedDict of each.
         """
+        if not self._targets and not self._several:
+            raise RuntimeError("track before initialize: call initialize(image, info) on the first frame")
         image, answers = self._bgr(image), OrderedDict()
+        entering = (info.get("init_bbox") or {}) if self._several and info else {}
+        started, first = self._start(image, entering)  # before any target moves on: it may be refused
         for number, target in self._targets.items():
             result = target.track(image)
             answers[number] = (list(result.box), result.score)
-        if self._several and info:
-            answers.update(self._start(image, info.get("init_bbox") or {}))
+        self._targets.update(started)
+        answers.update(first)
         return self._output(answers)
 
     def visdom_draw_tracking(self, image: np.ndarray, box: Any, segmentation: Any = None) -> None:
@@ -96,13 +101,16 @@ class DMV:
         boxes = box.values() if isinstance(box, Mapping) else [box]
         self.visdom.register((image, *boxes), "Tracking", 1, "Tracking")
 
-    def _start(self, image: np.ndarray, boxes: Mapping[Any, Any]) -> dict[Any, tuple[Box, float]]:
-        answers = OrderedDict()
+    def _start(
+        self, image: np.ndarray, boxes: Mapping[Any, Any]
+    ) -> tuple[OrderedDict[Any, FastDMVTracker], OrderedDict[Any, tuple[Box, float]]]:
+        """Trackers of these boxes, and their first answers; nothing of ours changes."""
+        started, answers = OrderedDict(), OrderedDict()
         for number, box in boxes.items():
-            self._targets[number] = self._unstarted.clone()
-            self._targets[number].init(image, box)
+            started[number] = self._unstarted.clone()
+            started[number].init(image, box)
             answers[number] = ([float(v) for v in box], 1.0)
-        return answers
+        return started, answers
 
     def _output(self, answers: Mapping[Any, tuple[Box, float]]) -> dict[str, Any]:
         boxes = OrderedDict((number, box) for number, (box, _) in answers.items())
@@ -112,6 +120,8 @@ class DMV:
         return {"target_bbox": boxes, "object_presence_score": scores}
 
     def _bgr(self, image: np.ndarray) -> np.ndarray:
+        if not isinstance(image, np.ndarray):
+            return image  # refused by the tracker, by its type
         if self.params.color == "bgr" or image.ndim < 3 or image.shape[2] < 3:
             return image
         return np.ascontiguousarray(image[:, :, 2::-1])

@@ -37,8 +37,12 @@ class VotTracker:
         self, frame: str | Mapping[str, str], new: Any, properties: Mapping[str, str] | None = None
     ) -> list[Status]:
         """Start over; arguments and answer as for `update`."""
-        self._objects = []
-        return self.update(frame, new, properties)
+        before, self._objects = self._objects, []
+        try:
+            return self.update(frame, new, properties)
+        except Exception:
+            self._objects = before
+            raise
 
     def update(
         self, frame: str | Mapping[str, str], new: Any = (), properties: Mapping[str, str] | None = None
@@ -56,16 +60,16 @@ class VotTracker:
             ValueError: a frame that cannot be read, or a region that is no box.
         """
         image = _read(frame)
+        entering = []  # before any object moves on: they may be refused
+        for region, _ in [new] if isinstance(new, tuple) and new else new:
+            entering.append((self._unstarted.clone(), _box(region)))
+            entering[-1][0].init(image, entering[-1][1])
         statuses = []
         for tracker in self._objects:
             result = tracker.track(image)
             statuses.append((result.box, {"confidence": result.score}))
-        for region, _ in [new] if isinstance(new, tuple) and new else new:
-            box = _box(region)
-            self._objects.append(self._unstarted.clone())
-            self._objects[-1].init(image, box)
-            statuses.append((box, {"confidence": 1.0}))
-        return statuses
+        self._objects += [tracker for tracker, _ in entering]
+        return statuses + [(box, {"confidence": 1.0}) for _, box in entering]
 
 
 def main(**arguments: Any) -> None:

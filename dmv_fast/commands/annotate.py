@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import sys
@@ -64,7 +65,11 @@ def read_list(path: Path) -> list[Video]:
     Raises:
         ValueError: naming the line and what is wrong with it. OSError: the file cannot be read.
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
+    with io.StringIO(text, newline="") as file:
         rows = csv.reader(file, skipinitialspace=True)
         header = [cell.strip() for cell in next(rows, [])]
         if header not in _HEADERS:

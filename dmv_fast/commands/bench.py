@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from dmv_fast.runtime.precision import without_auto
 
     sections = _sections(args)
+    if args.output is not None:  # now, not when the first section is measured
+        args.output.mkdir(parents=True, exist_ok=True)
     if args.frames < 2:
         raise ValueError(f"frames is {args.frames}; it must be at least 2")
     if args.endurance is not None and args.endurance < 2:
@@ -124,6 +126,8 @@ def _clip(args: argparse.Namespace):
     from dmv_fast.vision.video import open_source
 
     if args.video is None:
+        if args.box is not None:
+            raise ValueError("--box is of no use without --video; the made clip has its own")
         return speed.synthetic_clip()
     if args.box is None:
         raise ValueError("box is missing; with --video, say where the target is in the first frame: x,y,w,h")

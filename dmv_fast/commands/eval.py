@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from dmv_fast.evaluation import datasets
@@ -68,6 +69,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace, sequences: list[Sequence]) -> int:
+    name, count = Counter(folder.resolve().name for folder in args.predictions).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"--predictions has {count} folders named {name}; their names must differ")
+    if args.out is not None and args.out.resolve() in [folder.resolve() for folder in args.predictions]:
+        raise ValueError(f"--out {args.out} is among --predictions; its results.json would be lost")
     scored = [score_predictions(folder, sequences) for folder in args.predictions]
     for results in scored:
         print(results.table())

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -91,6 +92,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--start must be 0 or more, not {args.start}")
     if args.max_frames is not None and args.max_frames < 1:
         raise ValueError(f"--max-frames must be 1 or more, not {args.max_frames}")
+    for name in ("output", "boxes", "json", "rerun"):
+        if getattr(args, name) == "":  # an unset variable of a shell
+            raise ValueError(f"--{name} is empty; it must be a file's name")
     if args.output and Path(args.output).suffix.lower() != ".mp4":
         raise ValueError(f"--output must end in .mp4, not {args.output!r}")
     if args.rerun and Path(args.rerun).suffix.lower() != ".rrd":
@@ -282,7 +286,7 @@ def _summary(
 
 
 class _Stop:
-    """Ctrl-C and SIGTERM: the first is only noted, so that the loop ends between two frames.
+    """Ctrl-C, SIGTERM, a closed terminal: the first is only noted; the loop ends between two frames.
 
     A second one raises KeyboardInterrupt, the way out of a source that blocks, but never while files are
     written or finished.
@@ -310,7 +314,11 @@ class _Stop:
     @contextmanager
     def listening(self) -> Iterator[_Stop]:
         """Within the block; a signal that the process was told to ignore stays ignored."""
-        heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        heeded = []
+        if threading.current_thread() is threading.main_thread():  # no other may have handlers
+            names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not known to Windows
+            heeded = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        heeded = [number for number in heeded if signal.getsignal(number) is not signal.SIG_IGN]
         former = {number: signal.signal(number, self._handle) for number in heeded}
         try:
             yield self

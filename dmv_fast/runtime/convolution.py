@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -151,9 +152,10 @@ class Convolution:
                 for length, kernel in ((x.shape[2], h), (x.shape[3], w))
             )
             onto = _zeros((size[0], rows, columns, size[1]), x.dtype, x.device).permute(0, 3, 1, 2)
-        return torch.cudnn_convolution_add_relu(
-            x, self._weight, onto, 1.0, self._bias, stride, padding, dilation, groups
-        )
+        with _first_choice():
+            return torch.cudnn_convolution_add_relu(
+                x, self._weight, onto, 1.0, self._bias, stride, padding, dilation, groups
+            )
 
     def _plain(self, x: Tensor, onto: Tensor | None) -> Tensor:
         padding, stride, dilation, groups = self._geometry
@@ -161,6 +163,17 @@ class Convolution:
         if onto is not None:
             return y.add_(onto).relu_()
         return y.relu_() if self._relu else y
+
+
+@contextlib.contextmanager
+def _first_choice() -> Iterator[None]:
+    """cuDNN's own, without its search: that builds every plan it has, and fused ones it compiles for that."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _suits_amx(weight: Tensor, groups: int, dtype: torch.dtype, split: bool) -> bool:

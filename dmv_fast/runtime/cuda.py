@@ -18,6 +18,7 @@ from dmv_fast.runtime import hardware
 from dmv_fast.runtime.frame import FrameStep, Seen
 from dmv_fast.runtime.network import FastNetwork
 from dmv_fast.runtime.pixels import GPU_CHANNELS
+from dmv_fast.runtime.surroundings import inference
 from dmv_fast.vision.crop import CROP_SIZE, MEAN, Window, cut, mean_colour
 
 _LARGEST = 1024  # side of a window that goes up whole, 3 MB; of a larger one, what is left at 256 x 256
@@ -54,11 +55,11 @@ class CudaFrameStep(FrameStep):
         self._header = self._inbox[: targets * _FIELDS * 4].view(torch.int32).view(targets, _FIELDS)
         crop = (targets, CROP_SIZE, CROP_SIZE, GPU_CHANNELS)
         self._crops = torch.zeros(crop, dtype=self.network.dtype, device=device)
-        self._mean = 255 * torch.tensor(MEAN[::-1], device=device)
+        self._mean = 255 * torch.tensor(MEAN[::-1], dtype=torch.float32, device=device)
         self._maps = self.network.new_maps(targets).zero_()
-        self._scores = torch.zeros(targets, anchors, c.grid, c.grid, device=device)
-        self._deltas = torch.zeros(targets, anchors, 4, c.grid, c.grid, device=device)
-        self._answer = torch.zeros(targets, 5, device=device)
+        self._scores = torch.zeros(targets, anchors, c.grid, c.grid, dtype=torch.float32, device=device)
+        self._deltas = torch.zeros(targets, anchors, 4, c.grid, c.grid, dtype=torch.float32, device=device)
+        self._answer = torch.zeros(targets, 5, dtype=torch.float32, device=device)
         self._answer_in = _host(targets * 5, torch.float32, device).view(targets, 5)
         self._order = torch.zeros(3, dtype=torch.int64, device=device)
         self._steps: dict[int, Callable[[], None]] = {}
@@ -74,14 +75,14 @@ class CudaFrameStep(FrameStep):
             return crops
 
     def start(self, target: int, image: np.ndarray, window: Window, box: Sequence[float]) -> None:
-        with _capturing, torch.inference_mode():
+        with _capturing, inference(self.network.device):
             self._recorded_write()  # before anything else, so that convolutions are chosen here ...
             self._recorded_step(target + 1)  # ... and not in the middle of a video
             super().start(target, image, window, box)
             self.seen = None
 
     def step(self, image: np.ndarray, windows: Sequence[Window], sizes: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
+        with inference(self.network.device):
             run = self._recorded_step(len(windows))
             self._upload(image, windows, sizes)
             run()
@@ -92,7 +93,7 @@ class CudaFrameStep(FrameStep):
 
     def write(self, target: int, frame: int) -> bool:
         assert self.seen is not None, "write before step"
-        with torch.inference_mode():
+        with inference(self.network.device):
             run = self._recorded_write()
             slot = self.memory.claim(target, frame)
             if slot is None:
@@ -253,7 +254,7 @@ def _served(n: int) -> int:
 
 def _host(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Host memory that the device copies from and to by itself."""
-    return torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
+    return torch.zeros(size, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
 def _patch(

@@ -33,7 +33,7 @@ def fold_pixels(weight: Tensor, deviation: tuple[float, ...]) -> Tensor:
 
     What is padded, zero in both, stays the mean colour; so the fold holds at the border too.
     """
-    scale = 1 / (255 * torch.tensor(deviation, dtype=torch.float64))
+    scale = 1 / (255 * torch.tensor(deviation, dtype=torch.float64, device=weight.device))
     return (weight.double() * scale[:, None, None]).flip(1).float()
 
 

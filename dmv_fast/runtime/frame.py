@@ -17,6 +17,7 @@ from dmv_fast.model.dmv import Prediction
 from dmv_fast.model.pick import PickConfig, cosine_window, pick
 from dmv_fast.runtime.memory import MemoryBank
 from dmv_fast.runtime.network import Network
+from dmv_fast.runtime.surroundings import inference
 from dmv_fast.vision.crop import CROP_SIZE, Window, cut
 
 
@@ -60,7 +61,7 @@ class FrameStep:
         """
         network = self.network
         where = torch.tensor(window.to_crop(box)[None], dtype=torch.float32, device=network.device)
-        with torch.inference_mode():
+        with inference(self.network.device):
             maps = network.look(self.crops(image, [window]))
             keys, values = network.remember(maps, *network.model.exact_maps(where))
             self.memory.clear(target)
@@ -72,14 +73,14 @@ class FrameStep:
         windows: n search windows; sizes: (n, 2) last width and height in crop pixels
         -> (n, 5) float64: the chosen box xywh in crop pixels, and its score.
         """
-        with torch.inference_mode():
+        with inference(self.network.device):
             sizes = torch.tensor(sizes, dtype=torch.float32, device=self.network.device)
             return self._forward(self.crops(image, windows), sizes).double().cpu().numpy()
 
     def write(self, target: int, frame: int) -> bool:
         """Remember the last step's frame, as it was seen and predicted; False where the memory refuses it."""
         assert self.seen is not None, "write before step"
-        with torch.inference_mode():
+        with inference(self.network.device):
             seen = (part[target : target + 1] for part in self.seen)
             return self.memory.write(target, *self.network.remember(*seen), frame)
 

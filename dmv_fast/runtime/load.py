@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import os
 import threading
 
@@ -16,6 +17,7 @@ from dmv_fast.runtime.convolution import amx_runs
 from dmv_fast.runtime.frame import FrameStep
 from dmv_fast.runtime.network import FastNetwork, Network, PlainNetwork
 from dmv_fast.runtime.precision import Precision, precision_of
+from dmv_fast.runtime.surroundings import our_defaults
 from dmv_fast.weights import find, load_model
 
 _lock = threading.Lock()
@@ -29,6 +31,9 @@ def load_network(weights: str, device: torch.device, dtype: str, backend: str) -
     dtype: FastDMVTracker's. Raises ValueError where it is unknown or does not run on the device.
     """
     precision = precision_of(dtype, device)
+    slow_half = device.type == "cpu" and not hardware.on_gpu(device) and precision.dtype == torch.float16
+    if slow_half and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ValueError("dtype 'float16' does not run on this processor; take 'float32', or 'auto'")
     if precision.split and not (device.type == "cpu" and amx_runs()):
         raise ValueError(
             f"dtype 'bfloat16x3' does not run on {device}: it needs a CPU with AMX (which DMV_FAST_CPU_ISA"
@@ -36,16 +41,19 @@ def load_network(weights: str, device: torch.device, dtype: str, backend: str) -
         )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    written, isa = find(weights).stat().st_mtime_ns, os.environ.get("DMV_FAST_CPU_ISA")
+    path = os.path.abspath(find(weights))  # a relative name is another file in another folder
+    file, isa = os.stat(path), os.environ.get("DMV_FAST_CPU_ISA")
+    version = file.st_mtime_ns, file.st_size, file.st_ino
     with _lock:
-        return _load(weights, written, isa, device, precision, backend)
+        return _load(path, version, isa, device, precision, backend)
 
 
 @functools.lru_cache(maxsize=8)
 def _load(
-    weights: str, _written: int, _isa: str | None, device: torch.device, precision: Precision, backend: str
+    weights: str, _version: tuple[int, ...], _isa: str | None, device: torch.device, precision: Precision,
+    backend: str,
 ) -> Network:
-    # _written: a checkpoint that training has replaced is another network; _isa: weights and keys lie as the
+    # _version: a checkpoint that training has replaced is another network; _isa: weights and keys lie as the
     # instruction set that DMV_FAST_CPU_ISA names wants them
     model = load_model(weights, device=device)
     for_comparison = model.config.reader != "vote" or model.config.score_use != "renormalised"
@@ -72,17 +80,19 @@ def frame_step_for(
     capacity: int, pick: PickConfig, targets: int = 1,
 ) -> FrameStep:  # fmt: skip
     """FastDMVTracker's arguments, checked, as what runs a frame; the network is shared."""
-    where = _resolve_device(device)
+    if k is not None and not (isinstance(k, numbers.Integral) and 1 <= k <= MAX_K):
+        raise ValueError(f"k is {k!r}; it must be 1 to {MAX_K}, a whole number")
+    where = resolve_device(device)
     if backend != "auto":
         check_backend(backend, where.type)
-    network = load_network(str(weights), where, dtype, backend)
-    k = network.model.config.candidates if k is None else k
-    if not 1 <= k <= MAX_K:
-        raise ValueError(f"k is {k}; it must be 1 to {MAX_K}")
-    return make_frame_step(network, k=k, capacity=capacity, pick=pick, targets=targets)
+    with our_defaults(where):
+        network = load_network(str(weights), where, dtype, backend)
+        k = network.model.config.candidates if k is None else int(k)
+        return make_frame_step(network, k=k, capacity=capacity, pick=pick, targets=targets)
 
 
-def _resolve_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """"auto", "cpu", "cuda", "cuda:1" ... as a device that is there; else ValueError."""
     if name == "auto":
         return (
             torch.device("cuda", torch.cuda.current_device())
@@ -91,8 +101,10 @@ def _resolve_device(name: str) -> torch.device:
         )
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device is {name!r}; try auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:0")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}; PyTorch sees no CUDA GPU here (see `dmv-fast doctor`)")
     return device

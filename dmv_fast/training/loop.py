@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dmv_fast.model.dmv import DMV
+from dmv_fast.runtime.load import resolve_device
 from dmv_fast.training.cache import FeatureCache
 from dmv_fast.training.data import SampleStream, recipe_stream
 from dmv_fast.training.log import Log
@@ -79,6 +80,8 @@ def train(
         ValueError: a bad recipe, data folder, or an output folder that already holds a run.
         KeyboardInterrupt: stopped by SIGINT or SIGTERM; the last whole step is in the checkpoint.
     """
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes is {minutes}; it must be over 0")
     recipe = load_recipe(recipe_path)
     run = Run(recipe, recipe_path, Path(data), Path(out), _device(device), minutes)
     if (run.out / _CHECKPOINT).is_file():
@@ -358,7 +361,7 @@ def _start_from(model: DMV, name: str) -> None:
 
 def _device(name: str) -> torch.device:
     if name not in ("auto", "cuda"):
-        return torch.device(name)
+        return resolve_device(name)
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda'; PyTorch sees no CUDA GPU here (see `dmv-fast doctor`)")
     if torch.cuda.is_available():

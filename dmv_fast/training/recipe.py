@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -118,6 +119,12 @@ class Recipe:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        lowest = {"steps": 1, "batch": 1, "frames_every": 1, "seed": 0, "cached_samples": 0}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"recipe: {name} is {getattr(self, name)}; it must be {least} or more")
+        if not self.candidates or not all(1 <= k <= 32 for k in self.candidates):
+            raise ValueError(f"recipe: candidates is {self.candidates}; each must be 1 to 32")
         if not self.frames or min(self.frames) < 2:
             raise ValueError(f"recipe: frames is {self.frames}; a sample needs at least 2 frames")
         if self.sources is not None:
@@ -142,7 +149,7 @@ def load_recipe(path: Path) -> Recipe:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"recipe {path}: no such file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path}: not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"recipe {path}: it must be a mapping of names to values")
@@ -163,4 +170,25 @@ def _build(kind: type, settings: dict[str, Any]):
     unknown = set(settings) - {f.name for f in fields(kind)}
     if unknown:
         raise ValueError(f"unknown setting {sorted(unknown)[0]!r}")
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+    hints = get_type_hints(kind)
+    for name, value in settings.items():
+        if not _fits(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", None) or hints[name]
+            trap = " (YAML reads 1e-3 as a text: write 1.0e-3)" if isinstance(value, str) else ""
+            raise ValueError(f"{name} is {value!r}; it must be of type {wanted}{trap}")
+    return kind(**settings)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type, as recipes use them."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_fits(each, inner[0]) for each in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint)

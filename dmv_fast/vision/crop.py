@@ -81,6 +81,6 @@ def cut(image: np.ndarray, window: Window, size: int = CROP_SIZE) -> np.ndarray:
 def normalise(crops: Tensor) -> Tensor:
     """uint8 BGR crops (B, H, W, 3) -> float32 RGB (B, 3, H, W), ImageNet mean and deviation."""
     rgb = crops.flip(-1).permute(0, 3, 1, 2).float() / 255
-    mean = torch.tensor(MEAN, device=crops.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=crops.device).view(3, 1, 1)
+    mean = torch.tensor(MEAN, dtype=torch.float32, device=crops.device).view(3, 1, 1)
+    std = torch.tensor(STD, dtype=torch.float32, device=crops.device).view(3, 1, 1)
     return (rgb - mean) / std

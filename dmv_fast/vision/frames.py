@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+_LARGEST = 4  # times the frame: the window around a first box is cut whole, and grows with its square
 
 def as_bgr(image: np.ndarray) -> np.ndarray:
     """Any image a person would call a frame -> (H, W, 3) uint8 BGR; else one clear error."""
@@ -34,7 +35,7 @@ def check_box(box: Sequence[float], width: int, height: int) -> tuple[float, flo
     """A box xywh that touches the frame, as floats; else one clear error."""
     try:
         x, y, w, h = (float(v) for v in box)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"box is {box!r}; it must be four numbers x, y, w, h") from None
     if not all(math.isfinite(v) for v in (x, y, w, h)):
         raise ValueError(f"box is {(x, y, w, h)}; all four numbers must be finite")
@@ -42,4 +43,6 @@ def check_box(box: Sequence[float], width: int, height: int) -> tuple[float, flo
         raise ValueError(f"box is {(x, y, w, h)}; width and height must be positive")
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         raise ValueError(f"box is {(x, y, w, h)}; it lies wholly outside the {width} x {height} frame")
+    if max(w, h) > _LARGEST * max(width, height):
+        raise ValueError(f"box is {(x, y, w, h)}; it is over {_LARGEST} times the {width} x {height} frame")
     return x, y, w, h

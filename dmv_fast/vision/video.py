@@ -89,6 +89,7 @@ def open_source(source: str | os.PathLike[str], *, start: int = 0) -> VideoSourc
     text = os.fspath(source)
     if start < 0:
         raise VideoError(f"start must be 0 or more, not {start}")
+    _check_name(text)
     path = Path(text)
     if path.is_dir():
         return _open_images(text, path.iterdir(), start)
@@ -96,7 +97,7 @@ def open_source(source: str | os.PathLike[str], *, start: int = 0) -> VideoSourc
         path.open("rb").close()  # says "permission denied" where OpenCV only fails
         if path.suffix.lower() in IMAGE_SUFFIXES:
             return _open_images(text, [path], start)
-        return _open_capture(text, cv2.VideoCapture(text, cv2.CAP_FFMPEG), start)
+        return _open_capture(text, cv2.VideoCapture(_for_ffmpeg(path), cv2.CAP_FFMPEG), start)
     if "://" in text:
         timeout = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _OPEN_TIMEOUT_MS]
         return _open_capture(text, cv2.VideoCapture(text, cv2.CAP_FFMPEG, timeout), start, live=True)
@@ -107,6 +108,19 @@ def open_source(source: str | os.PathLike[str], *, start: int = 0) -> VideoSourc
     if glob.has_magic(text):
         return _open_images(text, map(Path, glob.glob(text)), start)
     raise VideoError(f"{text!r}: no such file, folder or camera")
+
+
+def _for_ffmpeg(path: Path) -> str:
+    """Absolute: FFmpeg takes what stands before a colon for a protocol, the 12 of 12:30.mp4 for instance."""
+    return os.path.abspath(path)
+
+
+def _check_name(text: str) -> None:
+    """VideoError for a name that is no UTF-8: OpenCV ends the whole process when it is given one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise VideoError(f"{text!r}: the name is not UTF-8, OpenCV cannot open it; rename it") from None
 
 
 def _natural_key(path: Path) -> list[tuple[int, int, str]]:
@@ -124,6 +138,7 @@ def _open_images(name: str, candidates: Iterable[Path], start: int) -> VideoSour
 
 def _image_frames(paths: list[Path]) -> Generator[np.ndarray, None, None]:
     for path in paths:
+        _check_name(str(path))
         frame = cv2.imread(str(path), cv2.IMREAD_COLOR)
         if frame is None:
             raise VideoError(f"{path}: cannot be read as an image")
@@ -173,6 +188,10 @@ def check_target(target: str | os.PathLike[str]) -> Path:
     path = Path(target)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, not a file to write")
+    if path.exists() and not path.is_file():  # /dev/null: it would be replaced by a file
+        raise OSError(f"{path}: is a device, pipe or socket, not a file to write")
+    if path.is_symlink():  # what it points to is replaced, not the link
+        path = path.resolve()
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK):
@@ -201,6 +220,11 @@ def replaced_when_complete(target: str | os.PathLike[str]) -> Iterator[Path]:
     os.replace(partial, path)
 
 
+def _writable_fps(fps: float) -> float:
+    """The nearest rate that MPEG-4 takes: it is a fraction there, whose numerator has 16 bits."""
+    return round(max(fps, 0.1), 3 if fps < 65 else 2 if fps < 655 else 1)
+
+
 class VideoWriter:
     """Writes BGR uint8 frames to an mp4; the file appears under its name when it is complete.
 
@@ -215,7 +239,7 @@ class VideoWriter:
         if self._path.suffix.lower() != ".mp4":
             raise VideoError(f"{self._path}: the name of a video to write must end in .mp4")
         self._partial = partial_path(self._path)
-        self._fps = fps or 25.0
+        self._fps = _writable_fps(fps or 25.0)
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
         self._count = 0
@@ -236,11 +260,13 @@ class VideoWriter:
         width, height = (max(2, int(side * scale) // 2 * 2) for side in frame.shape[1::-1])
         # MPEG-4 part 2 is the one codec for mp4 that every OpenCV wheel can write.
         codec = cv2.VideoWriter_fourcc(*"mp4v")
-        writer = cv2.VideoWriter(str(self._partial), cv2.CAP_FFMPEG, codec, self._fps, (width, height))
+        name, size = _for_ffmpeg(self._partial), (width, height)
+        writer = cv2.VideoWriter(name, cv2.CAP_FFMPEG, codec, self._fps, size)
         if not writer.isOpened():
             self._partial.unlink(missing_ok=True)
-            raise VideoError(f"{self._path}: OpenCV cannot write an mp4 of {width} x {height} pixels")
-        self._size = (width, height)
+            what = f"{width} x {height} pixels, {self._fps:g} frames a second"
+            raise VideoError(f"{self._path}: OpenCV cannot write an mp4 of {what}")
+        self._size = size
         return writer
 
     def close(self) -> None:
@@ -249,7 +275,7 @@ class VideoWriter:
             return
         self._release()
         # OpenCV reports no write error; the index, written last, tells whether everything before it arrived.
-        check = cv2.VideoCapture(str(self._partial), cv2.CAP_FFMPEG)
+        check = cv2.VideoCapture(_for_ffmpeg(self._partial), cv2.CAP_FFMPEG)
         written = int(check.get(cv2.CAP_PROP_FRAME_COUNT)) if check.isOpened() else 0
         check.release()
         if written != self._count:
