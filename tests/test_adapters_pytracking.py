@@ -156,6 +156,20 @@ def test_several_objects_one_of_them_late():
     assert isinstance(output["target_bbox"][-1], OrderedDict) and save_boxes(boxes["2"]).dtype.kind == "i"
 
 
+def test_a_refused_object_spoils_none_of_the_others():
+    frames, blue, _ = clip(3)
+    tracker, again = DMV(parameters()), DMV(parameters())
+    with pytest.raises(RuntimeError, match="initialize"):
+        tracker.track(frames[0])
+    for one in (tracker, again):
+        one.initialize(frames[0], {"init_bbox": OrderedDict({"1": blue[0].tolist()})})
+    outside = {"init_bbox": OrderedDict({"2": [5000, 5000, 10, 10]})}
+    for refused in (tracker.initialize, tracker.track):
+        with pytest.raises(ValueError, match="outside"):
+            refused(frames[1], outside)
+    assert tracker.track(frames[1]) == again.track(frames[1])
+
+
 def test_the_hosts_live_video_speaks_of_one_object_by_number():
     frames, truth, _ = clip(4)
     tracker = get_tracker_class()(parameters())

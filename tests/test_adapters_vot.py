@@ -229,6 +229,18 @@ def test_regions_other_than_rectangles(workspace):
         VotTracker().init("nothing.jpg", [((1, 2, 30, 40), {})])
 
 
+def test_a_refused_object_spoils_none_of_the_others(workspace):
+    first, second = sorted(str(path) for path in (workspace / "sequences" / "one" / "color").iterdir())[:2]
+    _, blue, _ = clip()
+    tracker, again = VotTracker(), VotTracker()
+    for one in (tracker, again):
+        one.init(first, [(tuple(blue[0]), {})])
+    for refused in (tracker.init, tracker.update):
+        with pytest.raises(ValueError, match="outside"):
+            refused(second, [((5000, 5000, 10, 10), {})])
+    assert tracker.update(second) == again.update(second)
+
+
 def test_without_trax_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trax", None)
     with pytest.raises(ImportError, match=r'pip install "dmv-fast\[vot\]"'):

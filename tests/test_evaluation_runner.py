@@ -296,6 +296,18 @@ def test_eval_runs_a_peer_and_scores_its_predictions(tmp_path: Path, root: Path,
     assert again["auc"] == mean["auc"] and again["ao"] == mean["ao"]
 
 
+def test_predictions_are_never_written_over(tmp_path: Path, root: Path, capsys) -> None:
+    for folder in ("a/dmv", "b/dmv"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "slow.txt").write_text("1,2,3,4\n" * LENGTHS["slow"])
+    first, second = str(tmp_path / "a" / "dmv"), str(tmp_path / "b" / "dmv")
+    words = ["eval", "otb", "--root", str(root), "--sequences", "slow", "--predictions", first]
+    assert cli.main([*words, second]) == 2
+    assert "names must differ" in capsys.readouterr().err
+    assert cli.main([*words, "--out", first]) == 2
+    assert "would be lost" in capsys.readouterr().err
+
+
 def test_plots_are_png_and_svg(tmp_path: Path, sequences: list[datasets.Sequence]) -> None:
     pytest.importorskip("matplotlib")
     from dmv_fast.evaluation.plots import plot_curves

@@ -275,7 +275,9 @@ def test_overfits_one_clip():
 @pytest.mark.parametrize(("text", "says"), [
     ("batchh: 3", "batchh"), ("model: {backbone: vgg, width: 3}", "width"), ("frames: [1]", "frames"),
     ("optimiser: lion", "optimiser"), ("- a\n- b", "mapping"), ("a: [", "YAML"),
-    ("cached_samples: 5", "freeze_stem"),
+    ("cached_samples: 5", "freeze_stem"), ("learning_rate: 1e-3", "1.0e-3"), ("steps: abc", "steps"),
+    ("steps: 0", "steps"), ("batch: 1.5", "batch"), ("candidates: 4", "candidates"),
+    ("candidates: [64]", "candidates"), ("candidates: []", "candidates"),
 ])  # fmt: skip
 def test_bad_recipes_are_named(tmp_path, text, says):
     path = write_recipe(tmp_path / "bad.yaml", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from pathlib import Path
 
@@ -180,6 +181,19 @@ def test_start_outside_the_source(tmp_path):
         open_source(path, start=-1)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="such names exist on POSIX alone")
+def test_names_that_ffmpeg_or_opencv_would_stumble_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "out.mp4", 3).rename("10:30.mp4")
+    assert len(list(open_source("10:30.mp4"))) == 3
+    with VideoWriter("a:1.mp4") as writer:
+        writer.write(grey(1))
+    assert len(list(open_source("a:1.mp4"))) == 1
+    Path("bad\udcff.mp4").write_bytes(Path("a:1.mp4").read_bytes())
+    with pytest.raises(VideoError, match="not UTF-8"):
+        open_source("bad\udcff.mp4")
+
+
 # ---- writing ---------------------------------------------------------------------------------------------
 
 
@@ -244,6 +258,26 @@ def test_awkward_arrays_can_be_written(tmp_path):
         writer.write(grey(100)[:, :, ::-1])
     levels = [frame.mean() for frame in open_source(tmp_path / "out.mp4")]
     assert np.allclose(levels, 100, atol=5) and len(levels) == 3
+
+
+@pytest.mark.parametrize("fps", [119.967, 66.6667, 23.976, 1000.0, 0.0005])
+def test_any_rate_can_be_written(tmp_path, fps):
+    with VideoWriter(tmp_path / "out.mp4", fps) as writer:
+        writer.write(grey(1))
+        writer.write(grey(2))
+    with open_source(tmp_path / "out.mp4") as source:
+        assert source.fps == pytest.approx(max(fps, 0.1), rel=1e-3)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes with names")
+def test_only_files_are_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(OSError, match="not a file to write"):
+        VideoWriter(tmp_path / "pipe.mp4")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "real.mp4")
+    with VideoWriter(tmp_path / "link.mp4") as writer:
+        writer.write(grey(1))
+    assert (tmp_path / "link.mp4").is_symlink() and (tmp_path / "real.mp4").is_file()
 
 
 def test_no_frame_no_file(tmp_path):

@@ -117,6 +117,19 @@ def test_no_more_crops_are_kept_than_the_memory_holds(checkpoint, frames):
         assert len(watch._remembered) <= EAGER.capacity + 1, "the one that a write has just replaced too"
 
 
+def test_a_watch_that_comes_late_waits_for_the_next_start(checkpoint, frames):
+    tracker, alone = tracker_of(checkpoint), tracker_of(checkpoint)
+    for one in (tracker, alone):
+        one.init(frames[0], BOX)
+    watch = Watch(tracker)
+    for frame in frames:
+        assert tracker.track(frame) == alone.track(frame)
+        assert watch.look() is None
+    tracker.init(frames[0], BOX)
+    tracker.track(frames[1])
+    assert watch.look() is not None
+
+
 # ---- the window, its keys and clicks played --------------------------------------------------------------
 
 

@@ -121,8 +121,6 @@ class Run:
         if recipe.freeze_stem:
             for part in stem_layers(model):
                 part.requires_grad_(False)
-        if recipe.freeze_backbone:
-            model.backbone.requires_grad_(False)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.unroll = Unroll(self.model, recipe)

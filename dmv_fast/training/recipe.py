@@ -58,9 +58,7 @@ class Recipe:
     teacher_steps: int = 0
     """... and so many steps the new backbone learns to say what the teacher's says, then the task."""
     freeze_stem: bool = False
-    """Train neither conv1 to layer3 nor their batch norms ..."""
-    freeze_backbone: bool = False
-    """... nor anything else of the backbone: the read, the head and the value encoder alone learn."""
+    """Train neither conv1 to layer3 nor their batch norms."""
     cached_samples: int = 0
     """With a frozen stem: draw this many samples once and keep their layer3 features on disk (0: stream)."""
 
@@ -133,8 +131,6 @@ class Recipe:
                 raise ValueError("recipe: sources must name each kind once, and not stand beside mix")
         if bool(self.teacher) != (self.teacher_steps > 0) or (self.teacher and self.cached_samples):
             raise ValueError("recipe: teacher and teacher_steps go together, and not with cached_samples")
-        if self.freeze_backbone and (not self.freeze_stem or self.teacher):
-            raise ValueError("recipe: freeze_backbone needs freeze_stem, and no teacher: nothing would learn")
         if self.cached_samples and not self.freeze_stem:
             raise ValueError("recipe: cached_samples needs freeze_stem: features of a moving stem grow stale")
 

@@ -46,8 +46,6 @@ class Unroll(nn.Module):
             # where they were folded into the weights any others would undo the pretraining.
             for layer in stem_layers(self.model):
                 layer.eval()
-        if recipe.freeze_backbone:
-            self.model.backbone.eval()
         return self
 
     def forward(self, frames: Tensor, boxes: Tensor, k: int, generator: torch.Generator) -> Outcome:
@@ -86,8 +84,7 @@ class Unroll(nn.Module):
             layer3 = frames.contiguous(memory_format=torch.channels_last)
         if not torch.is_autocast_enabled(frames.device.type):
             layer3 = layer3.float()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.recipe.freeze_backbone):
-            return self.model.backbone.tail(layer3)
+        return self.model.backbone.tail(layer3)
 
     @torch.no_grad()
     def _measure(self, prediction: Prediction, box: Tensor) -> tuple[Tensor, Tensor]:
