@@ -15,6 +15,7 @@ from dmv_fast.model.pick import PickConfig
 from dmv_fast.vision.crop import Window, search_window
 
 _SMALLEST = 2.0  # pixels; a box never shrinks below
+_MOST = 256  # windows along a side of the frame: for a target of a pixel there would be millions
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Target:
 
         places = [(px, py) for py in rows for px in columns]
         places.sort(key=lambda at: (not is_near(*at), abs(at[0] - cx) + abs(at[1] - cy)))
-        return places, sum(is_near(*at) for at in places)
+        return places, max(1, sum(is_near(*at) for at in places))
 
     def check_size(self, image: np.ndarray) -> None:
         """ValueError unless the image has the size of the frame in which the target was chosen."""
@@ -180,6 +181,6 @@ def _spread(length: float, extent: float, side: float, pitch: float) -> list[flo
 
     A target of that extent at the frame's edge is whole in the outermost one, as far in as that allows.
     """
-    count = max(1, math.ceil((length - extent) / pitch))
+    count = min(max(1, math.ceil((length - extent) / pitch)), _MOST)
     rim = min((side - extent) / 2, length / 2)
     return [min(max((i + 0.5) * length / count, rim), length - rim) for i in range(count)]

@@ -10,6 +10,7 @@ import pytest
 from dmv_fast import tracker as tracking
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.multi import MultiTracker
+from dmv_fast.target import Target
 from dmv_fast.tracker import FastDMVTracker, TrackerConfig
 from dmv_fast.vision.crop import Window, search_window
 
@@ -196,3 +197,10 @@ def test_many_targets_are_lost_and_found_as_each_alone(monkeypatch):
         assert [single.track(FRAME) for _ in script] == [result[place] for result in results]
         assert [windows[0] for windows in alone.windows] == [windows[place] for windows in together.windows]
         assert [frame for _, frame in alone.writes] == [f for at, f in together.writes if at == place]
+
+
+def test_a_tiny_target_in_a_large_frame_is_not_sought_at_millions_of_places():
+    target = Target((4000.0, 4000.0, 1.0, 1.0), np.empty((8000, 8000, 3), np.uint8))
+    places, near = target._sweep(1.25)
+    assert len(places) == 256**2 and 0 < near < len(places)
+    assert max(abs(at - 4000) for at in places[0]) < 8000 / 256

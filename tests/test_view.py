@@ -17,11 +17,10 @@ import pytest
 
 from dmv_fast import ops
 from dmv_fast.commands import track
-from dmv_fast.insight import Watch
+from dmv_fast.insight import Watch, live
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.runtime.network import FastNetwork
 from dmv_fast.tracker import FastDMVTracker, TrackerConfig
-from dmv_fast.vision import live
 from dmv_fast.vision.draw import text_bar
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,7 +251,7 @@ def test_qt_finds_the_systems_own_library_for_events():
     except OSError:
         pytest.skip("needs libX11-xcb (Debian: libx11-xcb1)")
     found = "import ctypes; ctypes.CDLL(None).XSetEventQueueOwner"
-    ready = "from dmv_fast.vision.x11 import leave_events_to_qt; leave_events_to_qt()"
+    ready = "from dmv_fast.insight.x11 import leave_events_to_qt; leave_events_to_qt()"
     scripts = (found, f"{ready}; {found}")
     commands = ([sys.executable, "-c", script] for script in scripts)
     done = [subprocess.run(command, cwd=ROOT, capture_output=True).returncode for command in commands]

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dmv_fast.insight import Watch
+    from dmv_fast.insight.live import LiveWindow
     from dmv_fast.tracker import FastDMVTracker, TrackResult
-    from dmv_fast.vision.live import LiveWindow
     from dmv_fast.vision.video import VideoSource
 
 Box = tuple[float, float, float, float]
@@ -199,7 +199,7 @@ def _watch(tracker: FastDMVTracker, args: argparse.Namespace) -> Watch | None:
 
 
 def _open_view(watch: Watch, stop: _Stop) -> LiveWindow:
-    from dmv_fast.vision.live import LiveWindow
+    from dmv_fast.insight.live import LiveWindow
 
     return LiveWindow(watch, lambda: stop.signal != 0)
 
@@ -239,7 +239,7 @@ def _open_sinks(
         partial = outputs.enter_context(replaced_when_complete(args.json))
         yield outputs.enter_context(_json_rows(partial, args, source, box, tally))
     if args.rerun:
-        from dmv_fast.vision.recording import recording
+        from dmv_fast.insight.recording import recording
 
         partial = outputs.enter_context(replaced_when_complete(args.rerun))
         yield outputs.enter_context(recording(partial, watch)).write
@@ -333,7 +333,7 @@ def select_box(frame: np.ndarray) -> Box:
         raise ValueError("--select needs a display, and OpenCV can open no window here; give --box X,Y,W,H")
     import cv2
 
-    from dmv_fast.vision.x11 import leave_events_to_qt
+    from dmv_fast.insight.x11 import leave_events_to_qt
 
     leave_events_to_qt()
     scale = min(1.0, _SELECT_SIDE / max(frame.shape[:2]))

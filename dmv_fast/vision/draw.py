@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-
-if TYPE_CHECKING:
-    from dmv_fast.insight import Candidate
 
 _FOUND = (60, 220, 60)  # BGR
 _LOST = (60, 60, 240)
 _CAPTION = (230, 230, 230)
 _MARK = (60, 200, 255)
-_GROUND = (32, 32, 32)
-_TILE = 112  # pixels; side of a candidate's picture
+GROUND = (32, 32, 32)  # behind text and pictures
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -108,34 +103,7 @@ def draw_square(canvas: np.ndarray, centre: tuple[float, float], side: float) ->
 
 def text_bar(lines: Sequence[str], width: int) -> np.ndarray:
     """Lines of text on a dark ground: (16 a line + 10, width, 3) uint8 BGR."""
-    bar = np.full((16 * len(lines) + 10, width, 3), _GROUND, np.uint8)
+    bar = np.full((16 * len(lines) + 10, width, 3), GROUND, np.uint8)
     for i, line in enumerate(lines):
         cv2.putText(bar, line, (6, 17 + 16 * i), _FONT, 0.42, _CAPTION, 1, cv2.LINE_AA)
     return bar
-
-
-def candidate_panel(candidates: Sequence[Candidate], width: int) -> np.ndarray:
-    """The candidates of a location, each on the crop it comes from, with its frame and weight.
-
-    As many as fit into two rows of `width` pixels, the strongest first -> (height, width, 3) uint8 BGR.
-    """
-    columns = max(1, width // _TILE)
-    tiles = [_candidate_tile(candidate) for candidate in candidates[: 2 * columns]]
-    blank = np.full_like(tiles[0], _GROUND)
-    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    rows = [np.hstack(row + [blank] * (columns - len(row))) for row in rows]
-    panel = np.full((len(rows) * blank.shape[0], width, 3), _GROUND, np.uint8)
-    panel[:, : rows[0].shape[1]] = np.vstack(rows)[:, :width]
-    return panel
-
-
-def _candidate_tile(candidate: Candidate) -> np.ndarray:
-    memory, score = candidate.memory, candidate.score
-    if memory is None:
-        picture, name = np.full((_TILE, _TILE, 3), 60, np.uint8), "null" if score > 0 else "none"
-    else:
-        picture, name = fit(memory.crop, (_TILE, _TILE)), f"frame {memory.frame}"
-        x, y = candidate.place
-        scale = _TILE / memory.window.side
-        draw_square(picture, ((x - memory.window.x0) * scale, (y - memory.window.y0) * scale), _TILE / 16)
-    return np.vstack([picture, text_bar([name, f"{score:.3f}"], _TILE)])

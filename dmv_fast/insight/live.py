@@ -9,9 +9,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dmv_fast.insight import Candidate, Watch
-from dmv_fast.vision.draw import candidate_panel, draw_box, draw_square, text_bar
-from dmv_fast.vision.x11 import leave_events_to_qt
+from dmv_fast.insight.panel import candidate_panel
+from dmv_fast.insight.watch import Candidate, Watch
+from dmv_fast.insight.x11 import leave_events_to_qt
+from dmv_fast.vision.draw import draw_box, draw_square, text_bar
 
 Box = tuple[float, float, float, float]
 TITLE = "dmv-fast"

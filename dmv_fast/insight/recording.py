@@ -11,7 +11,7 @@ import numpy as np
 import rerun as rr
 import rerun.blueprint as rrb
 
-from dmv_fast.insight import Insight, Remembered, Watch
+from dmv_fast.insight.watch import Insight, Remembered, Watch
 from dmv_fast.vision.crop import cut
 from dmv_fast.vision.draw import contact_sheet
 
