@@ -16,12 +16,12 @@ from dmv_fast.model.pick import PickConfig
 from dmv_fast.ops.packed import pack_keys, unpack_keys
 from dmv_fast.runtime import precision
 from dmv_fast.runtime.convolution import Convolution
-from dmv_fast.runtime.fold import fold_pixels, fold_vote
+from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.frame import FrameStep
 from dmv_fast.runtime.network import FastNetwork, PlainNetwork
 from dmv_fast.runtime.pixels import max_pool
 from dmv_fast.runtime.vote import fused_vote, vote_plain
-from dmv_fast.vision.crop import STD, normalise, search_window
+from dmv_fast.vision.crop import normalise, search_window
 from dmv_fast.weights import load_model
 
 CPU = torch.device("cpu")
@@ -68,11 +68,6 @@ def random_memory(model: DMV, rows: int = 700) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     keys = F.normalize(torch.randn(1, rows, model.config.key_dim), dim=-1)
     return keys, torch.randn(1, rows, model.config.value_dim)
-
-
-def test_pixels_are_folded_where_the_weights_are():
-    """On a GPU nothing that is made on the CPU may meet them; "meta" stands for it here."""
-    assert fold_pixels(torch.zeros(8, 3, 7, 7, device="meta"), STD).device.type == "meta"
 
 
 @pytest.mark.parametrize("stride, dilation, groups", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)])

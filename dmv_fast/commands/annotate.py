@@ -272,12 +272,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--jobs must be 1 or more, not {args.jobs}")
     videos = read_list(args.list)
     from dmv_fast.evaluation.trackers import DMVFactory
+    from dmv_fast.runtime.hardware import cores
 
     factory = DMVFactory(args.weights, args.k, args.device, args.dtype, args.backend)
     gpu = factory.settings()["device"] != "cpu"
     if args.ray is None:
         factory()  # a bad option is said once, before there are workers; a cluster may have what is not here
-    jobs = args.jobs or (1 if gpu else _cores())
+    jobs = args.jobs or (1 if gpu else cores())
     try:
         answer = annotate(videos, factory, args.out, jobs=jobs, ray=args.ray, gpu=gpu, progress=True)
     except KeyboardInterrupt:
@@ -289,10 +290,6 @@ def run(args: argparse.Namespace) -> int:
         raise
     _report(answer, args.out)
     return 1 if answer.failed else 0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _report(answer: Annotated, out: Path) -> None:

@@ -69,15 +69,15 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """w_c = K s_c / S, S = sum s: dv = w_c g, dq = sum_c g, ds_c = K / S (g.v_c - sum_j w_j g.v_j / K)."""
     values, null_value, indices, scores = ctx.saved_tensors
-    batch, count, width = values.shape
+    B, N, C = values.shape
     k = scores.shape[-1]
     grad = grad.float()  # (B, M, K, C)
     scale = k / scores.sum(-1, keepdim=True)
     is_null = indices < 0
-    null_row = batch * count  # one row more than there are values
-    rows = key_rows(indices, count).masked_fill(is_null, null_row).flatten()
-    weighted = ((scores * scale).unsqueeze(-1) * grad).view(-1, width)
-    grad_table = grad.new_zeros(null_row + 1, width).index_add_(0, rows, weighted)
+    null_row = B * N  # one row more than there are values
+    rows = key_rows(indices, N).masked_fill(is_null, null_row).flatten()
+    weighted = ((scores * scale).unsqueeze(-1) * grad).view(-1, C)
+    grad_table = grad.new_zeros(null_row + 1, C).index_add_(0, rows, weighted)
     grad_values = grad_table[:-1].view(values.shape).to(values.dtype)
     grad_null = grad_table[-1].to(null_value.dtype)
     along = torch.where(is_null, grad @ null_value.float(), (grad * _select(values, indices)).sum(-1))
@@ -93,12 +93,12 @@ def _check(values: Tensor, null_value: Tensor, query_part: Tensor, indices: Tens
         raise ValueError(f"values: has shape {tuple(values.shape)}, it should be (B, N, C)")
     if indices.dim() != 3:
         raise ValueError(f"indices: has shape {tuple(indices.shape)}, it should be (B, M, K)")
-    batch, _, width = values.shape
-    places = indices.shape[1]
+    B, _, C = values.shape
+    M = indices.shape[1]
     for name, tensor, shape in (
-        ("null_value", null_value, (width,)),
-        ("query_part", query_part, (batch, places, width)),
-        ("indices", indices, (batch, places, indices.shape[2])),
+        ("null_value", null_value, (C,)),
+        ("query_part", query_part, (B, M, C)),
+        ("indices", indices, (B, M, indices.shape[2])),
         ("scores", scores, tuple(indices.shape)),
     ):
         if tuple(tensor.shape) != shape:

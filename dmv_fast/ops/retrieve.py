@@ -85,16 +85,16 @@ def _backward(ctx, grad_scores: Tensor, _grad_indices) -> tuple[Tensor | None, .
     softmax's denominator cancels), and wherever every column is selected. It never forms an M x N matrix.
     """
     query, keys, scores, indices = ctx.saved_tensors
-    batch, count, depth = keys.shape
-    if count == 0:
+    B, N, D = keys.shape
+    if N == 0:
         return torch.zeros_like(query), torch.zeros_like(keys), None, None, None
     grad = scores * (grad_scores - (grad_scores * scores).sum(-1, keepdim=True))
     grad = grad.masked_fill(indices < 0, 0.0)  # (B, M, K); the null logit is the constant 0
-    rows = key_rows(indices, count)
-    bags = (rows.view(-1, rows.shape[-1]), keys.reshape(-1, depth).float())
+    rows = key_rows(indices, N)
+    bags = (rows.view(-1, rows.shape[-1]), keys.reshape(-1, D).float())
     grad_query = torch.nn.functional.embedding_bag(*bags, mode="sum", per_sample_weights=grad.flatten(0, 1))
-    spread = (grad.unsqueeze(-1) * query.float().unsqueeze(2)).view(-1, depth)
-    grad_keys = spread.new_zeros(batch * count, depth).index_add_(0, rows.flatten(), spread)
+    spread = (grad.unsqueeze(-1) * query.float().unsqueeze(2)).view(-1, D)
+    grad_keys = spread.new_zeros(B * N, D).index_add_(0, rows.flatten(), spread)
     grad_query, grad_keys = grad_query.view(query.shape), grad_keys.view(keys.shape)
     return grad_query.to(query.dtype), grad_keys.to(keys.dtype), None, None, None
 
@@ -106,11 +106,11 @@ def _check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None) -> N
     for name, tensor, shape in (("query", query, "(B, M, D)"), ("keys", keys, "(B, N, D)")):
         if tensor.dim() != 3:
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, it should be {shape}")
-    batch, _, depth = query.shape
-    if keys.shape[0] != batch or keys.shape[2] != depth:
-        shape = f"({batch}, N, {depth})"
+    B, _, D = query.shape
+    if keys.shape[0] != B or keys.shape[2] != D:
+        shape = f"({B}, N, {D})"
         raise ValueError(f"keys: has shape {tuple(keys.shape)}, it should be {shape} as query says")
-    if not 1 <= depth <= MAX_D:
+    if not 1 <= D <= MAX_D:
         raise ValueError(f"query: has shape {tuple(query.shape)}, its last dimension should be 1..{MAX_D}")
     if query.dtype not in DTYPES:
         raise ValueError(f"query: is {query.dtype}, it should be float32, bfloat16 or float16")
@@ -123,9 +123,9 @@ def _check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None) -> N
     if isinstance(valid, int) and not 0 <= valid <= keys.shape[1]:
         raise ValueError(f"valid: is {valid}, it should be 0..{keys.shape[1]}, the number of keys")
     if isinstance(valid, Tensor):
-        if valid.dtype != torch.int32 or valid.shape != (batch,):
+        if valid.dtype != torch.int32 or valid.shape != (B,):
             found = f"{valid.dtype} of shape {tuple(valid.shape)}"
-            raise ValueError(f"valid: is {found}, it should be torch.int32 of shape ({batch},)")
+            raise ValueError(f"valid: is {found}, it should be torch.int32 of shape ({B},)")
         if valid.device != query.device:
             raise ValueError(f"valid: is on {valid.device}, it should be on {query.device} as query is")
 

@@ -27,7 +27,8 @@ _CROP_BYTES = 3 * CROP_SIZE**2
 _FIELDS = 9  # int32 a place: the 7 that kernels/crop.py wants of a window, then the target's size as float32
 _WARM_UP = 3  # runs before a capture: kernels are compiled and convolutions chosen in them
 
-# A process captures one graph at a time; what waits for the whole device must not meet a capture either.
+# A process captures one graph at a time: torch.cuda.graph waits for the whole device as it begins, which must
+# not meet another thread's capture.
 _capturing = threading.RLock()
 
 

@@ -38,11 +38,12 @@ def fold_pixels(weight: Tensor, deviation: tuple[float, ...]) -> Tensor:
 
 
 class VoteWeights(NamedTuple):
-    """The voting net, folded. A candidate x (C,) is heard by its neighbours i as sum_h a_ih U_h x, where
+    """The voting net, folded; every fold is an identity.
 
-    a_i = softmax over the others of 2-based logits (to_q x_i + q_bias) . (to_k x). A bias of k would add the
-    same to all logits of a row, so it is gone; U_h is merge . message_h . v_h. Layer norm's mean is taken out
-    of `mix`, its scale and shift are in `out`.
+    Candidate i hears its neighbours x_j as sum_h U_h (sum_j a_hij x_j), where a_hi is the softmax over j != i
+    of 2-based logits (to_q x_i + q_bias) . (to_k x_j). A bias of k would add the same to all logits of a row,
+    so there is none. U_h = merge . message_h . v_h. The layer norm's mean is taken out of `mix`, its scale
+    and shift are in `out`. H: the number of heads.
     """
 
     value_in: Tensor

@@ -47,9 +47,9 @@ def without_auto(name: str, device: torch.device) -> str:
 def fast_precision(device: torch.device) -> str:
     """The name of what "auto" is on a device.
 
-    On a CPU with AMX bfloat16x3: bfloat16 takes two thirds of its time, but where two things look alike its
-    rounding decides which one is followed. On another one float32, whose convolution by Winograd leaves
-    bfloat16 behind, or what is found to be quicker.
+    On a CPU with AMX bfloat16x3: bfloat16 takes two thirds of its time, but its rounding decides between
+    look-alikes. On other CPUs float32, unless bfloat16 is timed to be faster (with Winograd's convolution
+    float32 usually is).
     """
     if device.type == "cpu" and amx_runs():
         return "bfloat16x3"

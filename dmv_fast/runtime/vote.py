@@ -15,8 +15,8 @@ from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.fold import VoteWeights
 
-_FUSED_WIDTH = 64  # C of the fused kernels
-_FUSED_HEADS = 8  # of the float32 one, whatever H is
+_FUSED_WIDTH = 64  # C that the fused kernels are written for
+_FUSED_HEADS = 8  # heads that the float32 kernel always runs; missing ones are zero
 
 
 def vote_plain(rows: Tensor, weights: VoteWeights) -> Tensor:

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dmv_fast.model.dmv import DMV
+from dmv_fast.runtime.hardware import cores
 from dmv_fast.runtime.load import resolve_device
 from dmv_fast.training.cache import FeatureCache
 from dmv_fast.training.data import SampleStream, recipe_stream
@@ -232,7 +233,7 @@ class Run:
         if self.rank == 0:
             self._cache().fill(
                 self.model.eval(), stream, precision=self._precision(),
-                workers=_cores() - 1 if workers is None else workers,
+                workers=cores() - 1 if workers is None else workers,
             )  # fmt: skip
         if self.world > 1:
             dist.barrier()
@@ -262,7 +263,7 @@ class Run:
         """Batches from the current step on; process r of W takes samples r, r + W, ... of a step's."""
         recipe, share = self.recipe, self.recipe.batch // self.world
         if workers is None:
-            workers = 0 if isinstance(source, FeatureCache) else max(1, _cores() // self.world - 1)
+            workers = 0 if isinstance(source, FeatureCache) else max(1, cores() // self.world - 1)
         order = [
             [step * recipe.batch + i * self.world + self.rank for i in range(share)]
             for step in range(self.step, recipe.steps + 1)
@@ -365,11 +366,6 @@ def _device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
-
-
-def _cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker(_number: int) -> None:
