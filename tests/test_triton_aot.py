@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,37 @@ def test_scan_at_other_sizes(arch, m, n, d, k):
     compiled = static.scan_static(arch, tiles_for(arch, m, n, d, k), d)
     assert_fits(arch, compiled)
     assert compiled.matrix == MATRIX[arch]
+
+
+def touched_in_flight(ptx: str) -> list[str]:
+    """What names a register of a wgmma's sum between that wgmma and the wait for all there are."""
+    products = re.findall(r"wgmma\.mma_async\S* \{([^}]*)\}", ptx)
+    sums = {register.strip() for product in products for register in product.split(",")}
+    in_flight, found = False, []
+    for line in map(str.strip, ptx.splitlines()):
+        if "wgmma.mma_async" in line:
+            in_flight = True
+        elif "wgmma.wait_group" in line:
+            in_flight &= not line.endswith(" 0;")
+        elif in_flight and not line.startswith("//") and sums & set(re.findall(r"%[rf]\w*\d+", line)):
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize(("m", "n"), [(256, 8192), (1024, 32768)])
+def test_no_sum_is_touched_while_a_product_is_under_way(m, n):
+    """The scan clears its sums in the loop that multiplies: only the compiler's order makes that safe."""
+    tiles = tiles_for(90, m, n, 256, 4)
+    constants = static.scan_constants(256, tiles, True)
+    compiled = static.compile_for(static.scan_kernel, 90, constants, tiles.warps, tiles.stages, "bf16")
+    ptx = compiled.asm["ptx"]
+    assert "wgmma.mma_async" in ptx and touched_in_flight(ptx) == []
+
+
+def test_a_sum_that_is_touched_is_seen():
+    product = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1, %r2}, %rd1, %rd2, 1, 1, 1;"
+    touch, wait = "mov.b32 %r2, 0f00000000;", "wgmma.wait_group.sync.aligned {};"
+    assert touched_in_flight("\n".join([product, wait.format(1), touch, wait.format(0), touch])) == [touch]
 
 
 @every_chip
