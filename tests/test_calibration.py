@@ -86,3 +86,6 @@ def test_files_that_do_not_fit_are_named(evaluated, capsys):
     (out / "scores/one.txt").unlink()
     with pytest.raises(DatasetError, match=r"one\.txt"):
         read_results(out, load("otb", root))
+    words = ["calibration", "otb", "--root", str(root), "--results", str(out), "--sequences", "none"]
+    assert cli.main(words) == 2
+    assert "no none here" in capsys.readouterr().err

@@ -380,7 +380,7 @@ def test_our_tracker_and_its_settings(tmp_path: Path, sequences: list[datasets.S
     )
     short = datasets.Sequence("short", sequences[2].frames[:3], sequences[2].boxes[:3])
     results = evaluate(factory, [short], out=tmp_path / "out")
-    assert results.tracker == "a-k2" and results.speed.fps > 0
+    assert results.tracker == "a-k2-float32-reference" and results.speed.fps > 0
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
     assert settings["k"] == 2 and settings["config"]["capacity"] == 32
     forgetful = DMVFactory(factory.weights, memory=False)

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `dmv-fast calibration`."""
     parser.add_argument("dataset", metavar="DATASET", choices=[*datasets.READERS, "auto"])
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="the folder of the data set")
+    parser.add_argument("--sequences", nargs="+", metavar="NAME", help="only these, as for `dmv-fast eval`")
     parser.add_argument(
         "--results", type=Path, required=True, metavar="DIR", help="the --out folder of `dmv-fast eval`"
     )
@@ -23,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; write reliability.csv and reliability.png beside the results; the exit code."""
-    found = reliability(*read_results(args.results, datasets.load(args.dataset, args.root)))
+    sequences = datasets.load(args.dataset, args.root)
+    if args.sequences:
+        sequences = datasets.select(sequences, args.sequences)
+    found = reliability(*read_results(args.results, sequences))
     if not found.count.sum():
         raise ValueError(f"results {args.results}: no annotated frame has a score; this tracker gives none")
     print(found.table())

@@ -52,9 +52,10 @@ class DMVFactory:
 
     @property
     def label(self) -> str:
-        """Its name in tables and plots."""
-        k = "" if self.k is None else f"-k{self.k}"
-        return Path(self.weights).stem + k + ("" if self.memory else "-no-memory")
+        """Its name in tables, plots and folders: the weights, and what is not the default."""
+        parts = [Path(self.weights).stem, *([] if self.k is None else [f"k{self.k}"])]
+        parts += [part for part in (self.dtype, self.backend) if part != "auto"]
+        return "-".join([*parts, *([] if self.memory else ["no-memory"])])
 
     def settings(self) -> dict[str, object]:
         """All that its results depend on; the weights by their sha256. ValueError where there are none."""
