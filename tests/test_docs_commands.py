@@ -33,7 +33,6 @@ ELSEWHERE = {
     r"pip (install|-v)|apt ": "test_packaging.py installs, from wheel and source; test_docs.py knows extras",
     r"python examples/onnx_track.py|dmv-fast export": "test_export.py",
     r"vot ": "test_adapters_vot.py",
-    r"python -m dmv_fast.training.average": "test_training_average.py",
     r"python run_tracker.py": "pytracking is not on PyPI; test_adapters_pytracking.py has its loop",
     r"python -m benchmarks.ablations": "test_ablations.py",
     r"python benchmarks/tune.py": "test_tune.py",
@@ -146,7 +145,7 @@ KINDS = {
     "script": r"python benchmarks/fast_vs_reference",
     "retrieval": r"python benchmarks/retrieve",
     "benchmarks": r"pytest benchmarks",
-    "python": r"python -[cm] (?!benchmarks|dmv_fast.training.average)",
+    "python": r"python -[cm] (?!benchmarks)",
     "make": r"make ",
 }
 
