@@ -139,7 +139,7 @@ def measure(
 def variants() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     """name -> what it leaves out."""
     never = mock.patch.object(convolution.Convolution, "_cudnn_pays", lambda *_: False)
-    unchosen = mock.patch.object(cuda, "_choosing_convolutions", contextlib.nullcontext)
+    unchosen = mock.patch.object(cuda, "cudnn_search", contextlib.nullcontext)
     return {"convolutions unfused": lambda: never, "convolutions not timed": lambda: unchosen}
 
 

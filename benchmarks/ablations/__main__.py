@@ -105,15 +105,15 @@ def _track(args: argparse.Namespace) -> None:
     _write_readers(args.runs, args.results)
     looks = _write_background(args, dtype, data["dev"], chosen[0].k)
     notes = {run.name: Path(run.weights).with_name("run.json").read_text() for run in trained}
-    about_before = args.results / "about.json"
-    before = json.loads(about_before.read_text())["readers"] if about_before.is_file() else {}
+    page = args.results / "about.json"
+    before = json.loads(page.read_text())["readers"] if page.is_file() else {}
     about = {
         "weights": Path(args.weights).stem, "sha256": sha256(find(args.weights)), "dtype": dtype,
         "jobs": args.jobs, "frames": {name: sum(map(len, s)) for name, s in data.items()}, "looks": looks,
         "bootstrap": {"resamples": report.RESAMPLES, "seed": report.SEED}, "environment": environment(),
         "readers": before | {name: json.loads(note) for name, note in notes.items()},
     }  # fmt: skip
-    write_text(about_before, json.dumps(about, indent=1) + "\n")
+    write_text(page, json.dumps(about, indent=1) + "\n")
     _report(args)
 
 

@@ -152,7 +152,8 @@ class Convolution:
                 for length, kernel in ((x.shape[2], h), (x.shape[3], w))
             )
             onto = _zeros((size[0], rows, columns, size[1]), x.dtype, x.device).permute(0, 3, 1, 2)
-        with _first_choice():
+        # A search would build every plan there is, and fused ones are compiled for that.
+        with cudnn_search(False):
             return torch.cudnn_convolution_add_relu(
                 x, self._weight, onto, 1.0, self._bias, stride, padding, dilation, groups
             )
@@ -166,10 +167,10 @@ class Convolution:
 
 
 @contextlib.contextmanager
-def _first_choice() -> Iterator[None]:
-    """cuDNN's own, without its search: that builds every plan it has, and fused ones it compiles for that."""
+def cudnn_search(search: bool) -> Iterator[None]:
+    """Whether cuDNN times its algorithms against each other; afterwards it is as the user had it."""
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = search
     try:
         yield
     finally:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from dmv_fast.model.dmv import Prediction
 from dmv_fast.model.pick import PickConfig
 from dmv_fast.runtime import hardware
+from dmv_fast.runtime.convolution import cudnn_search
 from dmv_fast.runtime.frame import FrameStep, Seen
 from dmv_fast.runtime.network import FastNetwork
 from dmv_fast.runtime.pixels import GPU_CHANNELS
@@ -217,7 +217,7 @@ def record(work: Callable[[], None], device: torch.device, pool: object) -> Call
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(outer)
     with torch.cuda.stream(stream):
-        with _choosing_convolutions():
+        with cudnn_search(True):
             for _ in range(_WARM_UP):
                 work()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -234,17 +234,6 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _new_pool() -> object:
     return torch.cuda.graph_pool_handle()
-
-
-@contextlib.contextmanager
-def _choosing_convolutions() -> Iterator[None]:
-    """cuDNN times its algorithms against each other; afterwards it is as the user had it."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _served(n: int) -> int:

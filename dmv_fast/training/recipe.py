@@ -12,6 +12,7 @@ import yaml
 
 from dmv_fast.model.dmv import DMVConfig
 from dmv_fast.ops.backends import BACKENDS
+from dmv_fast.ops.retrieve import MAX_K
 from dmv_fast.training.readers import LISTERS
 
 MIX = {"paste": 0.45, "photo": 0.22, "clip": 0.28, "region": 0.05}
@@ -121,8 +122,8 @@ class Recipe:
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)}; it must be {least} or more")
-        if not self.candidates or not all(1 <= k <= 32 for k in self.candidates):
-            raise ValueError(f"recipe: candidates is {self.candidates}; each must be 1 to 32")
+        if not self.candidates or not all(1 <= k <= MAX_K for k in self.candidates):
+            raise ValueError(f"recipe: candidates is {self.candidates}; each must be 1 to {MAX_K}")
         if not self.frames or min(self.frames) < 2:
             raise ValueError(f"recipe: frames is {self.frames}; a sample needs at least 2 frames")
         if self.sources is not None:
