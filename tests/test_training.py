@@ -272,12 +272,36 @@ def test_overfits_one_clip():
     assert outcome.score_present > 0.5
 
 
+def test_drifted_writes_are_wrong_alike_all_through_a_sample(monkeypatch):
+    """The memory is told boxes of a wrong size around the right centre; of an absent target, nothing."""
+    model, told = seeded_start(), []
+    monkeypatch.setattr(model, "remember", lambda *maps: told.append(maps[1:]) or DMV.remember(model, *maps))
+    boxes = torch.tensor([[[90.0, 80, 60, 40]] * 4, [[60.0, 100, 50, 70]] * 4])
+    boxes[1, 2] = torch.nan
+    unroll = Unroll(model, Recipe(write_drifted=1.0))
+    unroll(torch.randn(2, 4, 256, 32, 32), boxes, 2, torch.Generator().manual_seed(3))
+
+    def written(sample: int, frame: int) -> torch.Tensor:
+        scores, deltas = (maps[sample] for maps in told[frame])
+        return model.decode(deltas[None])[0].flatten(0, 2)[scores.flatten().argmax()]
+
+    for sample in (0, 1):
+        assert torch.allclose(written(sample, 0), boxes[sample, 0], atol=1e-3)
+        drifted, truth = written(sample, 1), boxes[sample, 1]
+        assert torch.allclose(drifted[:2] + drifted[2:] / 2, truth[:2] + truth[2:] / 2, atol=1e-3)
+        assert (drifted[2:] / truth[2:]).log().abs().min() > 0.02
+    assert torch.allclose(written(0, 1), written(0, 2), atol=1e-3)
+    assert not torch.allclose(written(0, 1)[2:] / boxes[0, 1, 2:], written(1, 1)[2:] / boxes[1, 1, 2:])
+    assert told[2][0][1].max() == 0
+
+
 @pytest.mark.parametrize(("text", "says"), [
     ("batchh: 3", "batchh"), ("model: {backbone: vgg, width: 3}", "width"), ("frames: [1]", "frames"),
     ("optimiser: lion", "optimiser"), ("- a\n- b", "mapping"), ("a: [", "YAML"),
     ("cached_samples: 5", "freeze_stem"), ("learning_rate: 1e-3", "1.0e-3"), ("steps: abc", "steps"),
     ("steps: 0", "steps"), ("batch: 1.5", "batch"), ("candidates: 4", "candidates"),
     ("candidates: [64]", "candidates"), ("candidates: []", "candidates"),
+    ("{write_truth: 0.8, write_wrong: 0.3}", "write_truth"), ("write_drifted: -0.1", "write_drifted"),
 ])  # fmt: skip
 def test_bad_recipes_are_named(tmp_path, text, says):
     path = write_recipe(tmp_path / "bad.yaml", text)

@@ -80,7 +80,10 @@ class Recipe:
     write_truth: float = 0.0
     """Share of the memory writes that hold the true box instead of the prediction ..."""
     write_wrong: float = 0.0
-    """... and of those that hold a wrong one: the vote must learn to overrule them."""
+    """... of those that hold a wrong one: the vote must learn to overrule them ..."""
+    write_drifted: float = 0.0
+    """... and of those whose box has the wrong size, wrong alike all through a sample, as when a tracker has
+    believed its own boxes for long."""
 
     optimiser: str = "sgd"
     """"sgd" (momentum 0.9) or "adamw"."""
@@ -126,6 +129,11 @@ class Recipe:
             raise ValueError(f"recipe: candidates is {self.candidates}; each must be 1 to {MAX_K}")
         if not self.frames or min(self.frames) < 2:
             raise ValueError(f"recipe: frames is {self.frames}; a sample needs at least 2 frames")
+        told = (self.write_truth, self.write_wrong, self.write_drifted)
+        if min(told) < 0 or sum(told) > 1:
+            raise ValueError(
+                f"recipe: write_truth, _wrong and _drifted are {told}; they must be 0 or more, 1 in all"
+            )
         if self.sources is not None:
             kinds = [source.kind for source in self.sources]
             if not kinds or len(set(kinds)) < len(kinds) or self.mix is not None:

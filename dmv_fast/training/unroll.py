@@ -14,6 +14,8 @@ from dmv_fast.training.recipe import Recipe
 from dmv_fast.vision import boxes as box_ops
 from dmv_fast.vision.crop import CROP_SIZE, normalise
 
+_DRIFT = 0.3  # standard deviation of the logarithm of a drifted size; twice that, 1.8 times, is the most
+
 
 class Outcome(NamedTuple):
     """Loss of a batch, and what one wants to see of it. Scalars."""
@@ -54,6 +56,7 @@ class Unroll(nn.Module):
         """
         model, N = self.model, frames.shape[1]
         features = self.features(frames).unflatten(0, frames.shape[:2])  # (B, N, D, H, W)
+        drift = self._drift(len(frames), generator).to(boxes.device)
         memory = [model.remember(features[:, 0], *model.exact_maps(boxes[:, 0]))]
         rows: list[tuple[Tensor, ...]] = []
         for t in range(1, N):
@@ -66,7 +69,7 @@ class Unroll(nn.Module):
                 (loss.total * (2 * t / N), loss.centre, loss.box, *self._measure(prediction, boxes[:, t]))
             )
             if t + 1 < N:
-                scores, deltas = self._written(prediction, boxes[:, t], generator)
+                scores, deltas = self._written(prediction, boxes[:, t], drift, generator)
                 memory.append(model.remember(features[:, t], scores, deltas))
         total, centre, box, iou, score = (torch.stack(column) for column in zip(*rows, strict=True))
         present = boxes[:, 1:].isfinite().all(-1).T  # (N - 1, B)
@@ -94,21 +97,35 @@ class Unroll(nn.Module):
         chosen = decoded.gather(1, best[:, None, None].expand(-1, 1, 4))[:, 0]
         return box_ops.iou(chosen, box).nan_to_num(0), score
 
+    def _drift(self, samples: int, generator: torch.Generator) -> Tensor:
+        """By how much drifted boxes are too wide and too high, (B, 2)."""
+        if not self.recipe.write_drifted:
+            return torch.ones(samples, 2)
+        both, each = (torch.randn(samples, n, generator=generator) for n in (1, 2))
+        return (_DRIFT * (both + each / 4).clamp(-2, 2)).exp()
+
     @torch.no_grad()
     def _written(
-        self, prediction: Prediction, box: Tensor, generator: torch.Generator
+        self, prediction: Prediction, box: Tensor, drift: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """What the memory is told of a frame: mostly the prediction, at times the truth or a wrong box."""
+        """What the memory is told of a frame: mostly the prediction, at times the truth or a wrong box.
+
+        box (B, 4), drift (B, 2) -> scores (B, A, H, W), deltas (B, A, 4, H, W).
+        """
         scores, deltas = prediction.logits.float().sigmoid(), prediction.deltas.float()
-        truth, wrong = self.recipe.write_truth, self.recipe.write_wrong
-        if truth + wrong == 0:
+        wrong = self.recipe.write_wrong
+        truth = wrong + self.recipe.write_truth
+        drifted = truth + self.recipe.write_drifted
+        if drifted == 0:
             return scores, deltas
         draw = torch.rand(len(box), generator=generator).to(box.device)
         place = torch.rand(len(box), 2, generator=generator).to(box.device) * (CROP_SIZE - 64)
         elsewhere = torch.cat([place, box[:, 2:].nan_to_num(64.0)], 1)
-        told = torch.where((draw < wrong)[:, None], elsewhere, box)
+        resized = torch.cat([box[:, :2] + box[:, 2:] * (1 - drift) / 2, box[:, 2:] * drift], 1)
+        told = torch.where((draw < truth)[:, None], box, resized)
+        told = torch.where((draw < wrong)[:, None], elsewhere, told)
         exact_scores, exact_deltas = self.model.exact_maps(told)
-        exact = draw < truth + wrong
+        exact = draw < drifted
         return (
             torch.where(exact[:, None, None, None], exact_scores, scores),
             torch.where(exact[:, None, None, None, None], exact_deltas, deltas),
