@@ -279,7 +279,8 @@ def test_drifted_writes_are_wrong_alike_all_through_a_sample(monkeypatch):
     boxes = torch.tensor([[[90.0, 80, 60, 40]] * 4, [[60.0, 100, 50, 70]] * 4])
     boxes[1, 2] = torch.nan
     unroll = Unroll(model, Recipe(write_drifted=1.0))
-    unroll(torch.randn(2, 4, 256, 32, 32), boxes, 2, torch.Generator().manual_seed(3))
+    layer3 = torch.randn(2, 4, 256, 32, 32)
+    unroll(layer3, boxes, 2, torch.Generator().manual_seed(3))
 
     def written(sample: int, frame: int) -> torch.Tensor:
         scores, deltas = (maps[sample] for maps in told[frame])
@@ -293,6 +294,9 @@ def test_drifted_writes_are_wrong_alike_all_through_a_sample(monkeypatch):
     assert torch.allclose(written(0, 1), written(0, 2), atol=1e-3)
     assert not torch.allclose(written(0, 1)[2:] / boxes[0, 1, 2:], written(1, 1)[2:] / boxes[1, 1, 2:])
     assert told[2][0][1].max() == 0
+    told.clear()
+    unroll.eval()(layer3, boxes, 2)  # what is measured is what a tracker writes: its predictions
+    assert 0 < told[1][0].max() < 1
 
 
 @pytest.mark.parametrize(("text", "says"), [
@@ -301,7 +305,7 @@ def test_drifted_writes_are_wrong_alike_all_through_a_sample(monkeypatch):
     ("cached_samples: 5", "freeze_stem"), ("learning_rate: 1e-3", "1.0e-3"), ("steps: abc", "steps"),
     ("steps: 0", "steps"), ("batch: 1.5", "batch"), ("candidates: 4", "candidates"),
     ("candidates: [64]", "candidates"), ("candidates: []", "candidates"),
-    ("{write_truth: 0.8, write_wrong: 0.3}", "write_truth"), ("write_drifted: -0.1", "write_drifted"),
+    ("{write_truth: 0.8, write_wrong: 0.3}", "write_truth"), ("write_drifted: -0.1", "_drifted"),
 ])  # fmt: skip
 def test_bad_recipes_are_named(tmp_path, text, says):
     path = write_recipe(tmp_path / "bad.yaml", text)

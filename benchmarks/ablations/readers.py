@@ -243,13 +243,13 @@ def _run_steps(model: DMV, recipe: Recipe, features: Features, name: str) -> lis
 @torch.no_grad()
 def _validate(model: DMV, features: Features) -> list[dict[str, float]]:
     """Each held-out sample by itself, all its frames, predictions written back."""
-    unroll = Unroll(model, replace(RECIPE, write_truth=0.0, write_wrong=0.0)).eval()
+    unroll = Unroll(model, RECIPE).eval()
     rows = []
     every = np.arange(features.boxes.shape[1])[None]
     for row in range(len(features)):
         frames, boxes = features.take(np.array([row]), every)
         with torch.autocast("cpu", torch.bfloat16):
-            outcome = unroll(frames, boxes, RECIPE.model.candidates, torch.Generator())
+            outcome = unroll(frames, boxes, RECIPE.model.candidates)
         rows.append({"sample": row, **_numbers(outcome)})
     return rows
 

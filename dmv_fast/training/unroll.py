@@ -50,9 +50,12 @@ class Unroll(nn.Module):
                 layer.eval()
         return self
 
-    def forward(self, frames: Tensor, boxes: Tensor, k: int, generator: torch.Generator) -> Outcome:
+    def forward(
+        self, frames: Tensor, boxes: Tensor, k: int, generator: torch.Generator | None = None
+    ) -> Outcome:
         """frames: crops (B, N, 256, 256, 3) uint8 BGR, or layer3 features (B, N, C3, 32, 32);
-        boxes (B, N, 4) xywh in crop pixels, NaN where the target is absent.
+        boxes (B, N, 4) xywh in crop pixels, NaN where the target is absent. generator: of what is written in
+        training; in evaluation mode nothing is drawn.
         """
         model, N = self.model, frames.shape[1]
         features = self.features(frames).unflatten(0, frames.shape[:2])  # (B, N, D, H, W)
@@ -99,7 +102,7 @@ class Unroll(nn.Module):
 
     def _drift(self, samples: int, generator: torch.Generator) -> Tensor:
         """By how much drifted boxes are too wide and too high, (B, 2)."""
-        if not self.recipe.write_drifted:
+        if not (self.training and self.recipe.write_drifted):
             return torch.ones(samples, 2)
         both, each = (torch.randn(samples, n, generator=generator) for n in (1, 2))
         return (_DRIFT * (both + each / 4).clamp(-2, 2)).exp()
@@ -108,7 +111,7 @@ class Unroll(nn.Module):
     def _written(
         self, prediction: Prediction, box: Tensor, drift: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """What the memory is told of a frame: mostly the prediction, at times the truth or a wrong box.
+        """What the memory is told of a frame: the prediction; in training at times the truth or a wrong box.
 
         box (B, 4), drift (B, 2) -> scores (B, A, H, W), deltas (B, A, 4, H, W).
         """
@@ -116,7 +119,7 @@ class Unroll(nn.Module):
         wrong = self.recipe.write_wrong
         truth = wrong + self.recipe.write_truth
         drifted = truth + self.recipe.write_drifted
-        if drifted == 0:
+        if not self.training or drifted == 0:
             return scores, deltas
         draw = torch.rand(len(box), generator=generator).to(box.device)
         place = torch.rand(len(box), 2, generator=generator).to(box.device) * (CROP_SIZE - 64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,6 @@ def on_samples(model: DMV, recipe: Recipe, stream: SampleStream) -> dict[str, fl
 
     Predictions are written back as they are: what the tracker will meet.
     """
-    recipe = replace(recipe, write_truth=0.0, write_wrong=0.0)
     unroll = Unroll(model, recipe).eval()
     device, precision = model.read.null_value.device, getattr(torch, recipe.precision)
     sums: dict[str, list[float]] = {}
@@ -41,7 +39,7 @@ def on_samples(model: DMV, recipe: Recipe, stream: SampleStream) -> dict[str, fl
         boxes = np.stack([np.where(s.present[:, None], s.boxes, np.nan) for s in samples])
         boxes = torch.from_numpy(boxes).to(device)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            outcome = unroll(crops, boxes, recipe.model.candidates, None)
+            outcome = unroll(crops, boxes, recipe.model.candidates)
         for name, value in outcome._asdict().items():
             sums.setdefault(name, []).append(float(value))
     return {name: mean_known(values) for name, values in sums.items()}
