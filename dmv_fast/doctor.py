@@ -108,7 +108,19 @@ def _extension() -> list[str]:
         state = f"dmv_fast._C is not loaded: {' '.join(str(error).split())}"
     names = {"cpu": "C++ part", "cuda": "CUDA part", "torch": "built against torch"}
     facts = [f"{name}: {record[key]}" for key, name in names.items() if key in record]
-    return [state, *(facts or ["its build left no record: install dmv_fast to have it built"])]
+    facts = facts or ["its build left no record: install dmv_fast to have it built"]
+    return [state, *_instructions(), *facts]
+
+
+def _instructions() -> list[str]:
+    """Which of its CPU kernels run, where it is loaded: fewer than the processor's if a variable says so."""
+    import torch
+
+    if not hasattr(torch.ops.dmv_fast, "cpu_isas"):
+        return []
+    usable, asked = torch.ops.dmv_fast.cpu_isas().split(), os.environ.get("DMV_FAST_CPU_ISA")
+    why = f", as DMV_FAST_CPU_ISA asks (without it {usable[0]})" if asked else ""
+    return [f"its CPU kernels use {asked or usable[0]}{why}"]
 
 
 def _backends(device_type: str) -> list[str]:

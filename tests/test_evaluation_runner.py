@@ -368,7 +368,9 @@ def test_contrib_trackers_say_where_they_come_from(monkeypatch: pytest.MonkeyPat
         OpenCVFactory("csrt")
 
 
-def test_our_tracker_and_its_settings(tmp_path: Path, sequences: list[datasets.Sequence]) -> None:
+def test_our_tracker_and_its_settings(
+    tmp_path: Path, sequences: list[datasets.Sequence], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch = pytest.importorskip("torch")
     from dmv_fast.model.dmv import DMV, DMVConfig
     from dmv_fast.weights import save_model
@@ -385,6 +387,12 @@ def test_our_tracker_and_its_settings(tmp_path: Path, sequences: list[datasets.S
     assert settings["k"] == 2 and settings["config"]["capacity"] == 32
     forgetful = DMVFactory(factory.weights, memory=False)
     assert forgetful.settings()["config"]["capacity"] == 1 and forgetful.label == "a-no-memory"
+    # Another processor's or another build's "auto" is other arithmetic: its results are not taken over.
+    automatic = DMVFactory(factory.weights, device="cpu")
+    told = {automatic.settings()["dtype"]}
+    monkeypatch.setattr("dmv_fast.runtime.precision.fast_precision", lambda device: "bfloat16")
+    told.add(automatic.settings()["dtype"])
+    assert "auto" not in told and "bfloat16" in told
     torch.manual_seed(1)
     save_model(DMV(DMVConfig()), tmp_path / "a.safetensors")
     assert factory.settings()["sha256"] != settings["sha256"]

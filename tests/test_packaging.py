@@ -251,6 +251,20 @@ def test_jobs_follow_max_jobs_or_else_the_cores(build: dict, monkeypatch: pytest
     assert build["jobs"]() == 7
 
 
+def test_jobs_fit_into_the_free_memory(build: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that runs out of memory ends an install with no word of why."""
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    read = Path.read_text
+    room = build["JOB_BYTES"] >> 10
+    for free, expected in ((room // 2, 1), (3 * room + 1, 3)):
+        monkeypatch.setattr(
+            Path, "read_text",
+            lambda path, free=free: f"MemAvailable: {free} kB" if path.name == "meminfo" else read(path),
+        )  # fmt: skip
+        assert build["jobs"]() == expected
+
+
 def test_doctor_names_every_backend_and_why_one_is_missing() -> None:
     lines = doctor.report().splitlines()
     for device in ("cpu", "cuda"):
@@ -259,6 +273,16 @@ def test_doctor_names_every_backend_and_why_one_is_missing() -> None:
         assert set(facts) == set(BACKENDS)
         for name, why in ops.available_backends(device).items():
             assert facts[name] == (why or "usable")
+
+
+def test_doctor_says_which_instructions_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    if ops.available_backends("cpu")["cpu"] is not None:
+        pytest.skip("the C++ extension is not built")
+    usable = torch.ops.dmv_fast.cpu_isas().split()
+    monkeypatch.delenv("DMV_FAST_CPU_ISA", raising=False)
+    assert f"CPU kernels use {usable[0]}\n" in doctor.report()
+    monkeypatch.setenv("DMV_FAST_CPU_ISA", usable[-1])
+    assert f"use {usable[-1]}, as DMV_FAST_CPU_ISA asks (without it {usable[0]})\n" in doctor.report()
 
 
 def test_doctor_reports_a_broken_part_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

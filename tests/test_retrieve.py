@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -334,6 +335,9 @@ GOOD = {
         ({"query": torch.zeros(2, 3, 64).double()}, "query", "float64", "float32, bfloat16 or float16"),
         ({"keys": torch.zeros(2, 5, 64, device="meta")}, "keys", "meta", "cpu"),
         ({"query": torch.zeros(2, 3, 513), "keys": torch.zeros(2, 5, 513)}, "query", "513", "1..512"),
+        ({"query": np.zeros((2, 3, 64))}, "query", "ndarray", "Tensor"),
+        ({"k": 2.5}, "k", "2.5", "whole number"),
+        ({"valid": 3.0}, "valid", "3.0", "whole number"),
         ({"k": 0}, "k", "0", "1..32"),
         ({"k": 33}, "k", "33", "1..32"),
         ({"valid": -1}, "valid", "-1", "0..5"),
@@ -354,6 +358,24 @@ def test_bad_input_is_named(change, name, has, needs):
             valid=arguments["valid"], backend=arguments["backend"],
         )  # fmt: skip
     assert has in str(error.value) and needs in str(error.value)
+
+
+def test_numpy_counts_are_numbers():
+    query, keys = random_pair(1, 3, 9, 64, torch.float32)
+    for got, want in zip(
+        ops.retrieve(query, keys, np.int64(2), valid=np.int32(5)), ops.retrieve(query, keys, 2, valid=5),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(got, want)
+
+
+@every_backend
+def test_a_key_of_minus_infinity_is_as_none(backend):
+    query = torch.full((1, 2, 64), 0.01)
+    query[0, 1, 5] = -torch.inf
+    scores, indices = retrieve(backend, query, torch.ones(1, 70, 64), 3)
+    assert scores[0, 1].tolist() == [1, 0, 0] and indices[0, 1].tolist() == [-1, -1, -1]
+    assert scores[0, 0].isfinite().all() and (indices[0, 0] >= 0).all()
 
 
 def test_an_unknown_instruction_set_is_an_error(monkeypatch):

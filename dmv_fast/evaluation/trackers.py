@@ -62,6 +62,7 @@ class DMVFactory:
         import torch
 
         from dmv_fast import weights
+        from dmv_fast.runtime.precision import without_auto
 
         device = self.device
         if device == "auto":
@@ -72,7 +73,7 @@ class DMVFactory:
             "sha256": weights.sha256(weights.find(self.weights)),
             "k": self.k,
             "device": device,
-            "dtype": self.dtype,
+            "dtype": without_auto(self.dtype, torch.device(device)),
             "backend": self.backend,
             "config": asdict(self._config()),
         }

@@ -69,7 +69,7 @@ def cpu_kernel_runs(name: str) -> bool:
 
 @functools.cache
 def fastest_backend(device_type: str) -> str:
-    """The backend that ``auto`` means; warns, once, where that is not the device's fastest."""
+    """The backend that ``auto`` means; warns, once, where anything is slower than the device could be."""
     state = available_backends(device_type)
     candidates = FASTEST_FIRST.get(device_type, ("reference",))
     backend = next(name for name in candidates if state[name] is None)
@@ -77,6 +77,9 @@ def fastest_backend(device_type: str) -> str:
         reasons = "; ".join(f"{name}: {state[name]}" for name in candidates if state[name])
         reasons = reasons or f"no fused backend for device type {device_type!r}"
         message = f"dmv_fast.ops uses its slow PyTorch reference ({reasons})"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    elif device_type == "cuda" and state["triton"]:
+        message = f"gather, vote and crop run in plain PyTorch on the GPU (triton: {state['triton']})"
         warnings.warn(message, RuntimeWarning, stacklevel=4)
     return backend
 

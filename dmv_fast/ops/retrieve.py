@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -61,8 +63,8 @@ def _run(query: Tensor, keys: Tensor, k: int, valid: Tensor | None, backend: str
         from dmv_fast.kernels.retrieve import retrieve as retrieve_triton
 
         return retrieve_triton(query, keys, k, valid)
-    operator = torch.ops.dmv_fast.retrieve_cpu if backend == "cpu" else torch.ops.dmv_fast.retrieve_cuda
-    return operator.default(query, keys, k, valid)
+    kernel = torch.ops.dmv_fast.retrieve_cpu if backend == "cpu" else torch.ops.dmv_fast.retrieve_cuda
+    return kernel.default(query, keys, k, valid)
 
 
 @torch.library.register_fake("dmv_fast::retrieve", lib=_library)
@@ -104,6 +106,8 @@ torch.library.register_autograd("dmv_fast::retrieve", _backward, setup_context=_
 
 def _check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None) -> None:
     for name, tensor, shape in (("query", query, "(B, M, D)"), ("keys", keys, "(B, N, D)")):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: is a {type(tensor).__name__}, it must be a Tensor of shape {shape}")
         if tensor.dim() != 3:
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, it should be {shape}")
     B, _, D = query.shape
@@ -130,6 +134,16 @@ def _check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None) -> N
             raise ValueError(f"valid: is on {valid.device}, it should be on {query.device} as query is")
 
 
+def _whole(name: str, number: int) -> int:
+    """The number itself as an int, numpy's too."""
+    if isinstance(number, int | torch.SymInt):
+        return number
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise ValueError(f"{name}: is {number!r}, it must be a whole number") from None
+
+
 def retrieve(
     query: Tensor,  # (B, M, D)
     keys: Tensor,  # (B, N, D)
@@ -154,13 +168,16 @@ def retrieve(
         indices: (B, M, k) int32; -1 is the null column, else 0..N-1. Where fewer than k columns exist the
             rest is score 0, index -1.
 
-    The set is an exact top-k of the float32 logits. Same inputs, same bits out. A row with a NaN or infinite
-    logit has a NaN score, no other row has. Gradients reach query and keys through the selected columns, see
-    ``_backward``.
+    The set is an exact top-k of the float32 logits. Same inputs, same bits out. A row with a NaN or +inf among
+    its logits has a NaN score, no other row has; a key whose logit is -inf is as one that does not exist.
+    Gradients reach query and keys through the selected columns, see ``_backward``.
 
     Raises:
         ValueError: naming the argument, what it is and what it should be.
     """
+    k = _whole("k", k)
+    if valid is not None and not isinstance(valid, Tensor):
+        valid = _whole("valid", valid)
     _check(query, keys, k, valid)
     if isinstance(valid, int):
         keys, valid = keys[:, :valid], None

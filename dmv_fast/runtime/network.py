@@ -138,7 +138,7 @@ class FastNetwork:
     def gather(self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
         """Their values and the location's own part: (B, M, K, C), by ops.gather_candidates."""
         query_part = self._query_in(self._features(maps))
-        return ops.gather_candidates(values, self._null, query_part, indices, scores)
+        return ops.gather_candidates(values, self._null, query_part, indices, scores, backend=self._backend)
 
     def vote(self, maps: Tensor, candidates: Tensor) -> None:
         """Candidates (B, M, K, C) agree on one value, put behind the features."""
