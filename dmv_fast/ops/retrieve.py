@@ -168,9 +168,10 @@ def retrieve(
         indices: (B, M, k) int32; -1 is the null column, else 0..N-1. Where fewer than k columns exist the
             rest is score 0, index -1.
 
-    The set is an exact top-k of the float32 logits. Same inputs, same bits out. A row with a NaN or +inf among
-    its logits has a NaN score, no other row has; a key whose logit is -inf is as one that does not exist.
-    Gradients reach query and keys through the selected columns, see ``_backward``.
+    The set is an exact top-k of the float32 logits. Same inputs, same bits out. A row with NaN or +inf among
+    its logits has a NaN score, no other row has; a logit of -inf gives the same or is as a key that does not
+    exist, depending on the backend. Gradients reach query and keys through the selected columns, see
+    ``_backward``.
 
     Raises:
         ValueError: naming the argument, what it is and what it should be.
