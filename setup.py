@@ -35,7 +35,9 @@ except ImportError:
     cpp_extension = torch_version = None
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # runs on torch 2.11 and later
-CUDA_ARCHS = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
+# Two with PTX: 12.0 for cards to come, 8.6 for those left out here (Jetson) or unknown to an older nvcc (CUDA
+# 12.0 to 12.7 end with 9.0a, which runs on nothing else).
+CUDA_ARCHS = "8.0 8.6+PTX 8.9 9.0a 10.0 12.0+PTX"
 LEAST_ARCH = 80  # cp.async, mma of bfloat16, redux
 JOB_BYTES = 2 << 30  # what one compiler process of this project may take
 # Shims that only a CUDA LibTorch defines: weak references let the module load beside a CPU-only one.
@@ -173,6 +175,7 @@ def compile_cuda(folder: Path) -> dict[str, list[str]]:
     libraries = re.search(r"LIBRARIES=(.*)", output_of([nvcc, "--dryrun", "-x", "cu", os.devnull]))
     return {
         "extra_objects": objects,
+        "depends": objects,  # without ninja a module newer than these is not linked again
         "library_dirs": [path[2:] for path in shlex.split(libraries[1] if libraries else "")],
         "libraries": ["cudart_static", "rt", "dl", "pthread"],
         # The runtime library inside the module stays its own, whichever one torch has loaded. libtorch.so is

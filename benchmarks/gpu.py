@@ -73,7 +73,7 @@ def steps(device: str, results: Path) -> list[Step]:
     ]  # fmt: skip
     return [
         Step("build", 150, [*python, "benchmarks/gpu.py", "--build", "--device", device]),
-        Step("doctor", 30, [*python, "-m", "dmv_fast.doctor"], "tests"),
+        Step("doctor", 60, [*python, "-m", "dmv_fast.doctor"], "tests"),
         Step(
             "tests of the kernels", 170, [*pytest, "tests/test_triton_gpu.py", "tests/test_cuda_gpu.py"],
             "tests",

@@ -79,8 +79,12 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge_splits(const Call call
       }
     }
   }
+  // The exponential is approximate, but the order of the scores is promised. All of a row are NaN or none.
+  float score = power_of_two((logit - largest) * kLog2E) / sum;
+  for (int distance = 1; distance < 32; distance *= 2)
+    score = fminf(score, __shfl_sync(kAllLanes, score, max(lane - distance, 0)));
   if (lane < call.k) {
-    call.scores[row * call.k + lane] = power_of_two((logit - largest) * kLog2E) / sum;
+    call.scores[row * call.k + lane] = score;
     call.indices[row * call.k + lane] = index;
   }
 }

@@ -126,7 +126,24 @@ def _instructions() -> list[str]:
 def _backends(device_type: str) -> list[str]:
     from dmv_fast.ops import available_backends
 
-    return [f"{name}: {why or 'usable'}" for name, why in available_backends(device_type).items()]
+    states = available_backends(device_type).items()
+    return [f"{name}: {why or _tried(name, device_type)}" for name, why in states]
+
+
+def _tried(backend: str, device_type: str) -> str:
+    """What loads may still hold nothing for the card, or need a newer driver: a small call tells."""
+    import torch
+
+    from dmv_fast.ops import retrieve
+
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "usable"
+    try:
+        ones = torch.ones(1, 1, 16, device=device_type)
+        retrieve(ones, ones, 1, backend=backend)[0].cpu()
+    except Exception as error:
+        return f"there, but fails: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return "usable"
 
 
 def _auto() -> list[str]:

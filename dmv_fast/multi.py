@@ -21,7 +21,7 @@ class MultiTracker:
     Args:
         weights, k, device, dtype, backend, config: as for FastDMVTracker.
         capacity: how many targets there may be at a time; the memory for all is allocated at once
-            (DMV18: 10 MB a target at 32 frames, in bfloat16 5).
+            (DMV18: 10 to 15 MB a target at 32 frames, in bfloat16 5).
     """
 
     def __init__(

@@ -36,7 +36,7 @@ from dmv_fast.vision.crop import search_window
 from dmv_fast.weights import save_model
 
 CANDIDATES = (1, 2, 4, 8, 16, 32)
-PAPER_FPS = dict(zip(CANDIDATES, (87, 82, 79, 72, 61, 44), strict=True))  # DMV18 on a TITAN X, table 1
+PAPER_FPS = dict(zip(CANDIDATES, (87, 82, 79, 72, 61, 44), strict=True))  # DMV18 on a TITAN X, table 4
 MEMORY_FRAMES = (1, 8, 32, 64)
 TARGETS = (1, 4, 16)
 _NOT_FOUND = 2.0  # no score reaches it: the box stays

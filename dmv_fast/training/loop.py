@@ -71,8 +71,8 @@ def train(
     """Run (or go on with) a recipe; returns the checkpoint `out/model.safetensors`.
 
     Args:
-        minutes: end after this much training time in all, resumed runs counted; the learning rate's
-            schedule ends with whichever of steps and minutes comes first.
+        minutes: end after this much training time in all, resumed runs counted; a cosine schedule ends
+            with whichever of steps and minutes comes first.
         resume: go on from `out/checkpoint.pt` where there is one.
         workers: processes that prepare samples; None: one a core but one, with cached features none.
         pause_after: stop after this many minutes of this call, wherever the run is; the schedule stays.
