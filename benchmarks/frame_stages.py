@@ -13,9 +13,11 @@ import argparse
 import contextlib
 import csv
 import statistics
-import threading
+import sys
 import time
+import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -58,7 +60,9 @@ def stages(step: FrameStep, clip: Clip, n: int) -> dict[str, Callable[[], object
     """The stages of a frame of n places, on static inputs; what one leaves the next takes."""
     network, memory = step.network, step.memory
     crops = step.crops(clip.frames[0], [search_window(clip.box)] * n).clone()
-    maps = network.look(crops)
+    # In the step's own buffer, else choosing a box would copy them there, which no frame does.
+    on_gpu = isinstance(step, cuda.CudaFrameStep)
+    maps = network.look(crops, step._maps[:n]) if on_gpu else network.look(crops)
     valid = memory.valid[:n]
     keys, values = memory.keys[:n], memory.values[:n]
     found = network.match(maps, keys, step.k, valid)
@@ -74,7 +78,7 @@ def stages(step: FrameStep, clip: Clip, n: int) -> dict[str, Callable[[], object
         "head": lambda: network.head(maps),
         "box": lambda: step.choose(maps, prediction, sizes),
     }
-    if isinstance(step, cuda.CudaFrameStep):
+    if on_gpu:
         work = {"crop": lambda: step._cut(n), **work, "write": step._remember, "whole": lambda: step._look(n)}
     return work
 
@@ -152,7 +156,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one target, K = 4, no variants")
     options = parser.parse_args()
     device = torch.device(options.device, 0 if options.device == "cuda" else None)
-    clip, rows = synthetic_clip(), []
+    clip, rows, failed = synthetic_clip(), [], []
 
     def network(dtype: torch.dtype) -> FastNetwork:
         return load_network(options.weights, device, str(dtype).removeprefix("torch."), "auto")
@@ -175,10 +179,12 @@ def main() -> None:
                 fresh = FastNetwork(model, dtype=half, device=device, backend="auto")
                 measure(rows, save, clip, name, fresh, 1, 4)
 
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
+        with ThreadPoolExecutor(1) as thread:
+            failure = thread.submit(run).exception()
         save()
+        if failure is not None:  # the other variants are still measured
+            traceback.print_exception(failure)
+            failed.append(name)
 
     def as_it_is(targets: int, k: int, dtype: torch.dtype) -> None:
         measure(rows, save, clip, "all", network(dtype), targets, k)
@@ -193,6 +199,8 @@ def main() -> None:
         as_it_is(targets, k, dtype)
     for targets in (4, 16, 64):
         as_it_is(targets, 4, half)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

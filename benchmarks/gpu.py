@@ -55,7 +55,8 @@ def steps(device: str, results: Path) -> list[Step]:
     # Each test's line as it ends, and where one hangs: a step that is cut off has said what it found.
     pytest = [*python, "-m", "pytest", "-v", "-rf", "--durations=15", "-o", "faulthandler_timeout=100"]
     pytest += ["-p", "no:cacheprovider", *spread]
-    bench = [*python, "-m", "dmv_fast", "bench", "--device", device, "--output", str(results)]
+    # --debug: a failure says where it was.
+    bench = [*python, "-m", "dmv_fast", "bench", "--debug", "--device", device, "--output", str(results)]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     sanitize = [*python, "benchmarks/sanitize.py", "--device", device]
     watch = [sanitizer, "--error-exitcode", "9", "--tool"]
@@ -95,6 +96,7 @@ def steps(device: str, results: Path) -> list[Step]:
             "frame", 120,
             [*bench, "--frames", "2" if quick else "200", "--only", "stages" if quick else sections],
         ),
+        Step("endurance", 50, [*bench, "--endurance", "20" if quick else "10000"]),
         Step(
             "frame stages", 70,
             [
@@ -102,7 +104,6 @@ def steps(device: str, results: Path) -> list[Step]:
                 "--output", str(results / "stages.csv"), *(["--quick"] if quick else []),
             ],
         ),
-        Step("endurance", 50, [*bench, "--endurance", "20" if quick else "10000"]),
         *([] if quick else [Step("peak", 50, [*bench, "--only", "peak"])]),
     ]  # fmt: skip
 
@@ -156,7 +157,9 @@ def run_group(group: list[Step], logs: Path, left: float) -> None:
     """All steps of a group at once, each until its limit; what they leave running is ended."""
     running = []
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
+    if (ROOT / "shared" / "data").is_dir():  # in the tree where it travels to a lent machine
+        environment.setdefault("DMV_FAST_SHARED", str(ROOT / "shared"))
     if len(group) > 1:  # a dozen processes of as many threads as there are cores would wait for each other
         environment.setdefault("OMP_NUM_THREADS", "1")
     for step in group:

@@ -58,7 +58,7 @@ def plain(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def compiled_plain() -> Callable[..., object]:
-    return torch.compile(plain)
+    return torch.compile(plain, dynamic=False)  # else the second size would get code for any size
 
 
 def faiss_knn(query: Tensor, keys: Tensor, k: int) -> Callable[[], object]:
@@ -345,7 +345,8 @@ def main() -> None:
     for m, n in sizes:
         for k in ks:
             peers = not options.no_peers and (k == 4 or not gpu)  # compiling for each K would take minutes
-            for cache in ("warm", "cold") if gpu else ("warm",):
+            cold = gpu and GRAPH_CALLS * n * DEPTH * 2 >= COLD_BYTES // 2  # smaller sets stay in L2
+            for cache in ("warm", "cold") if cold else ("warm",):
                 if gpu:
                     calls = graphs(m, n, k, cache == "cold", peers)
                 else:

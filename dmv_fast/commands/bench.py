@@ -82,9 +82,11 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
     for section in sections:
         began = time.perf_counter()
-        getattr(bench, section)()
-        if args.output is not None:  # after each, so that what was measured is not lost
-            speed_report.write(bench, facts, args.output)
+        try:
+            getattr(bench, section)()
+        finally:  # after each, and of one that fails or is stopped what it has: what was measured is not lost
+            if args.output is not None:
+                speed_report.write(bench, facts, args.output)
         print(f"{section}: {time.perf_counter() - began:.0f} s", flush=True)
     if args.endurance is not None:
         _endure(bench, args.endurance, facts, args.output)

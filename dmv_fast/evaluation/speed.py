@@ -8,6 +8,7 @@ it was first put and the memory is filled beforehand and then left alone, so eve
 from __future__ import annotations
 
 import multiprocessing
+import re
 import resource
 import sys
 import tempfile
@@ -119,9 +120,10 @@ def synthetic_clip(count: int = 30, size: tuple[int, int] = (1280, 720)) -> Clip
 
 
 def _status_mb(field: str) -> float | None:
-    """A line of /proc/self/status, MiB; None where the system has no such file."""
+    """A line of /proc/self/status, MiB; None without such a file or, in gVisor, such a line."""
     status = Path("/proc/self/status")
-    return int(status.read_text().split(f"{field}:")[1].split()[0]) / 1024 if status.exists() else None
+    line = re.search(rf"^{field}:\s*(\d+)", status.read_text() if status.exists() else "", re.M)
+    return int(line[1]) / 1024 if line else None
 
 
 def peak_memory_mb() -> float:
@@ -138,8 +140,10 @@ def resident_mb(*, anonymous: bool = False) -> float:
 
     anonymous: without pages of files, which come and go as the system likes.
     """
-    resident = _status_mb("RssAnon" if anonymous else "VmRSS")
-    return peak_memory_mb() if resident is None else resident
+    for field in ("RssAnon", "VmRSS") if anonymous else ("VmRSS",):
+        if (resident := _status_mb(field)) is not None:
+            return resident
+    return peak_memory_mb()
 
 
 class Peak(NamedTuple):

@@ -120,7 +120,7 @@ def machine(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "opencv": cv2.__version__,
         "numpy": np.__version__,
-        "dmv_fast": metadata.version("dmv-fast"),
+        "dmv_fast": _installed(),
         "commit": _commit(),
     }
     if device.type == "cuda":
@@ -217,6 +217,14 @@ def _plot_stages(rows: list[Row], path: Path) -> Path:
     _label(axes, "ms, medians; hatched: only where a frame is remembered, every 30th at most")
     figure.legend(ncols=len(_STAGES), fontsize="small", loc="outside lower center")
     return _save(figure, path)
+
+
+def _installed() -> str:
+    """The installed version; empty where the source tree is used as it lies."""
+    try:
+        return metadata.version("dmv-fast")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _processor() -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import gc
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -65,6 +67,7 @@ class CudaFrameStep(FrameStep):
         self._order = torch.zeros(3, dtype=torch.int64, device=device)
         self._steps: dict[int, Callable[[], None]] = {}
         self._write: Callable[[], None] | None = None
+        self._written: object = None  # an event behind the last write
         self._pool = None  # of the graphs: they never run at the same time and leave nothing in it
 
     def crops(self, image: np.ndarray, windows: Sequence[Window]) -> Tensor:
@@ -79,12 +82,15 @@ class CudaFrameStep(FrameStep):
         with _capturing, inference(self.network.device):
             self._recorded_write()  # before anything else, so that convolutions are chosen here ...
             self._recorded_step(target + 1)  # ... and not in the middle of a video
+            self._behind(self._written)
             super().start(target, image, window, box)
+            self._wait()  # the next frame may come on another stream, which is not ordered behind this one
             self.seen = None
 
     def step(self, image: np.ndarray, windows: Sequence[Window], sizes: np.ndarray) -> np.ndarray:
         with inference(self.network.device):
             run = self._recorded_step(len(windows))
+            self._behind(self._written)
             self._upload(image, windows, sizes)
             run()
             self.seen = Seen(self._maps, self._scores, self._deltas)
@@ -96,21 +102,30 @@ class CudaFrameStep(FrameStep):
         assert self.seen is not None, "write before step"
         with inference(self.network.device):
             run = self._recorded_write()
+            self._behind(self._written)
             slot = self.memory.claim(target, frame)
             if slot is None:
                 return False
             for place, number in enumerate((target, slot, self.memory.slots[target].valid)):
                 self._order[place].fill_(number)
             run()
+            self._written = self._mark()
             return True
+
+    def move(self, source: int, target: int) -> None:
+        self._behind(self._written)
+        super().move(source, target)
+        self._written = self._mark()
 
     def clone(self) -> CudaFrameStep:
         other = copy.copy(self)
         with torch.inference_mode():
+            self._behind(self._written)
             other.memory = self.memory.clone()
             other._allocate(len(self.memory.slots))
             for name in ("_maps", "_scores", "_deltas"):
                 getattr(other, name).copy_(getattr(self, name))
+            self._wait()
         if self.seen is not None:
             other.seen = Seen(other._maps, other._scores, other._deltas)
         return other
@@ -151,9 +166,21 @@ class CudaFrameStep(FrameStep):
 
     def _wait(self) -> None:
         """Until what this object was asked for is done; other work on the stream is not waited for."""
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self.network.device))
-        done.synchronize()
+        if (done := self._mark()) is not None:
+            done.synchronize()
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """An event behind what this object was asked for."""
+        if self.network.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.network.device))
+        return event
+
+    def _behind(self, event: torch.cuda.Event | None) -> None:
+        """What comes now waits for it on the device, also on another stream than it was recorded on."""
+        if event is not None:
+            torch.cuda.current_stream(self.network.device).wait_event(event)
 
     # ---- on the device -------------------------------------------------------------------------------
 
@@ -220,10 +247,25 @@ def record(work: Callable[[], None], device: torch.device, pool: object) -> Call
         with cudnn_search(True):
             for _ in range(_WARM_UP):
                 work()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _nothing_collected(),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             work()
     outer.wait_stream(stream)
     return graph.replay
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """A graph that the collector destroys in the capturing thread would invalidate the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @functools.cache
