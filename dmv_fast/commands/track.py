@@ -44,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="OUT.mp4", help="video with box and score drawn")
     parser.add_argument("--boxes", metavar="OUT.csv", help=CSV_HEADER)
     parser.add_argument("--json", metavar="OUT.json", help="the same with the settings and the speed")
-    parser.add_argument("--view", action="store_true", help="show it in a window (needs a display)")
+    parser.add_argument(
+        "--view", action="store_true",
+        help="show frame, box and score curve in a window; m there: the inside, too (needs a display)",
+    )  # fmt: skip
     parser.add_argument("--rerun", metavar="OUT.rrd", help="a recording for the Rerun viewer (extra: rerun)")
     parser.add_argument("--weights", default="dmv18", help="a shipped network or a file (dmv18)")
     parser.add_argument("-k", type=int, metavar="K", help="candidates a location (the network's own)")

@@ -11,6 +11,7 @@ import numpy as np
 import rerun as rr
 import rerun.blueprint as rrb
 
+from dmv_fast.insight.overlay import heat
 from dmv_fast.insight.watch import Insight, Remembered, Watch
 from dmv_fast.vision.crop import cut
 from dmv_fast.vision.draw import contact_sheet
@@ -74,7 +75,7 @@ class Recording:
         log("video/search", rr.Boxes2D(array=[square], array_format=rr.Box2DFormat.XYWH, colors=[_SOUGHT]))
         log("search/map", rr.DepthImage(insight.score_map, colormap="viridis", depth_range=[0, 1]))
         crop = cut(frame, window)
-        log("search/picture", _jpeg(_heat(crop, insight.score_map)))
+        log("search/picture", _jpeg(heat(crop, insight.score_map)))
         row, column = divmod(insight.chosen, len(insight.score_map))
         step = len(crop) / len(insight.score_map)
         log("search/picture/chosen", rr.Points2D([[column * step, row * step]], radii=4, colors=[_FOUND]))
@@ -106,19 +107,6 @@ def _jpeg(image: np.ndarray) -> rr.EncodedImage:
     ok, data = cv2.imencode(".jpg", image, _JPEG)
     assert ok, "OpenCV cannot encode a JPEG"
     return rr.EncodedImage(contents=data.tobytes(), media_type="image/jpeg")
-
-
-def _heat(crop: np.ndarray, score_map: np.ndarray) -> np.ndarray:
-    """The crop with the score map in colour over it."""
-    size, grid = len(crop), len(score_map)
-    step = size / grid
-    # Column i of the map is centred on i * step of the crop; a plain resize has it on (i + 1/2) * step.
-    half = 0.5 / step
-    shift = np.float32([[1 / step, 0, half], [0, 1 / step, half]])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    fine = cv2.warpAffine(score_map, shift, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
-    colours = cv2.applyColorMap((fine.clip(0, 1) * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
-    return cv2.addWeighted(crop, 0.6, colours, 0.4, 0)
 
 
 def _memory_sheet(memory: tuple[Remembered, ...], capacity: int) -> np.ndarray:

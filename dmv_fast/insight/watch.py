@@ -111,6 +111,8 @@ class Watch:
     def __init__(self, tracker: FastDMVTracker):
         self.first_frame = 0
         """The number of the frame that the next `init` is given; the others are counted from it."""
+        self.found_score = tracker.config.found_score
+        """The score below which the target is lost (`TrackerConfig`)."""
         self._started_at = 0
         self._step = tracker.frame_step
         self._remembered: dict[int, Remembered] = {}  # by the tracker's own count, which starts at 0

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-_FOUND = (60, 220, 60)  # BGR
-_LOST = (60, 60, 240)
-_CAPTION = (230, 230, 230)
+FOUND = (60, 220, 60)  # BGR
+LOST = (60, 60, 240)
+CAPTION = (230, 230, 230)
 _MARK = (60, 200, 255)
 GROUND = (32, 32, 32)  # behind text and pictures
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
+FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 def draw_box(
@@ -24,7 +24,7 @@ def draw_box(
     """
     canvas = frame.copy()
     height, width = frame.shape[:2]
-    colour = _FOUND if found else _LOST
+    colour = FOUND if found else LOST
     x, y, w, h = (float(v) for v in box)
     # Far outside the frame any corner draws the same, and OpenCV takes no number beyond 32 bits.
     left, right = (round(float(v)) for v in np.clip((x, x + w), -width, 2 * width))
@@ -42,7 +42,7 @@ def _draw_label(canvas: np.ndarray, text: str, left: int, top: int, bottom: int,
     height, width = canvas.shape[:2]
     scale = max(0.4, min(height, width) / 600)
     thickness = max(1, round(scale * 1.6))
-    (text_w, text_h), base = cv2.getTextSize(text, _FONT, scale, thickness)
+    (text_w, text_h), base = cv2.getTextSize(text, FONT, scale, thickness)
     pad = max(2, text_h // 3)
     full_w, full_h = text_w + 2 * pad, text_h + base + 2 * pad
     y = top - full_h
@@ -51,7 +51,7 @@ def _draw_label(canvas: np.ndarray, text: str, left: int, top: int, bottom: int,
     x = max(0, min(left, width - full_w))
     y = max(0, min(y, height - full_h))
     cv2.rectangle(canvas, (x, y), (x + full_w, y + full_h), colour, cv2.FILLED)
-    cv2.putText(canvas, text, (x + pad, y + pad + text_h), _FONT, scale, (0, 0, 0), thickness, cv2.LINE_AA)
+    cv2.putText(canvas, text, (x + pad, y + pad + text_h), FONT, scale, (0, 0, 0), thickness, cv2.LINE_AA)
 
 
 def contact_sheet(
@@ -72,7 +72,7 @@ def contact_sheet(
     for i, frame in enumerate(frames):
         tile = fit(frame, (tile_width, tile_height))
         if labels and labels[i]:
-            _draw_label(tile, labels[i], 0, 0, 0, _CAPTION)
+            _draw_label(tile, labels[i], 0, 0, 0, CAPTION)
         row, column = divmod(i, columns)
         top, left = row * tile_height, column * tile_width
         sheet[top : top + tile_height, left : left + tile_width] = tile
@@ -105,5 +105,5 @@ def text_bar(lines: Sequence[str], width: int) -> np.ndarray:
     """Lines of text on a dark ground: (16 a line + 10, width, 3) uint8 BGR."""
     bar = np.full((16 * len(lines) + 10, width, 3), GROUND, np.uint8)
     for i, line in enumerate(lines):
-        cv2.putText(bar, line, (6, 17 + 16 * i), _FONT, 0.42, _CAPTION, 1, cv2.LINE_AA)
+        cv2.putText(bar, line, (6, 17 + 16 * i), FONT, 0.42, CAPTION, 1, cv2.LINE_AA)
     return bar
