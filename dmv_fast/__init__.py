@@ -21,4 +21,12 @@ def __getattr__(name: str) -> Any:
         from dmv_fast.weights import load_model
 
         return load_model
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("dmv-fast")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:  # what is loaded lazily is completed by an editor or a notebook all the same
+    return sorted({*globals(), *__all__, "__version__"})

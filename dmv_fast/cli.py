@@ -14,6 +14,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import dmv_fast
+
 _COMMANDS = {
     "track": ("dmv_fast.commands.track", "follow one target through a video, images or a camera"),
     "doctor": ("dmv_fast.commands.doctor", "say what works on this machine, and why the rest does not"),
@@ -31,6 +33,12 @@ _COMMANDS = {
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"dmv-fast: error: {message} (see {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"dmv-fast {dmv_fast.__version__}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        args = _parser(argv).parse_args(argv)
+        args, unknown = _parser(argv).parse_known_args(argv)
+        if unknown:  # parse_args would point to the help of `dmv-fast`, which lists no command's options
+            args.command.error(f"unrecognized arguments: {' '.join(unknown)}")
         code = args.run(args)
         sys.stdout.flush()
         return code
@@ -71,14 +81,15 @@ def _run(argv: Sequence[str]) -> int:
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog="dmv-fast", description="DMV: track one target by a memory of deep features.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     asked = next((word for word in argv if not word.startswith("-")), None)
     for name, (module_name, summary) in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name == asked:
             module = importlib.import_module(module_name)
             module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            command.set_defaults(run=module.run, command=command)
             command.add_argument("--debug", action="store_true", help="show tracebacks and every message")
     return parser
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, bfloat16x3, float16 (auto)")
     parser.add_argument(
-        "--k", type=int, default=4, help="candidates where a section does not vary them (default 4)"
+        "-k", "--k", type=int, default=4, help="candidates where a section does not vary them (default 4)"
     )
     parser.add_argument("--frames", type=int, default=60, help="timed frames a setting (default 60)")
     parser.add_argument(
@@ -125,6 +125,7 @@ def _endure(bench, frames: int, facts: dict[str, object], output: Path | None) -
 
 def _clip(args: argparse.Namespace):
     from dmv_fast.evaluation import speed
+    from dmv_fast.vision.frames import check_box
     from dmv_fast.vision.video import open_source
 
     if args.video is None:
@@ -141,4 +142,5 @@ def _clip(args: argparse.Namespace):
                 break
     if len(frames) < 2:
         raise ValueError(f"video {args.video} has {len(frames)} frames; 2 are needed at least")
+    check_box(args.box, frames[0].shape[1], frames[0].shape[0])
     return speed.Clip(frames, args.box, Path(args.video).name)

@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; write reliability.csv and reliability.png beside the results; the exit code."""
-    sequences = datasets.load(args.dataset, args.root)
-    if args.sequences:
-        sequences = datasets.select(sequences, args.sequences)
+    sequences = datasets.load(args.dataset, args.root, args.sequences)
     found = reliability(*read_results(args.results, sequences))
     if not found.count.sum():
         raise ValueError(f"results {args.results}: no annotated frame has a score; this tracker gives none")

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--predictions", nargs="+", type=Path, metavar="DIR", help="run nothing, score these predictions"
     )
     parser.add_argument("--weights", default="dmv18", help="shipped network or .safetensors file (dmv18)")
-    parser.add_argument("-k", type=int, metavar="K", help="candidates a location (the network's own)")
+    parser.add_argument("-k", "--k", type=int, metavar="K", help="candidates a location (the network's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, bfloat16x3, float16 (auto)")
     parser.add_argument("--backend", default="auto", help="auto, or one that `dmv-fast doctor` lists (auto)")
@@ -48,14 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the files; the exit code. Bad input is a ValueError."""
-    sequences = datasets.load(args.dataset, args.root)
-    if args.sequences:
-        sequences = datasets.select(sequences, args.sequences)
+    sequences = datasets.load(args.dataset, args.root, args.sequences)
     if args.predictions:
         return _score(args, sequences)
     factory = _factory(args)
     out = args.out or Path("eval") / f"{args.root.resolve().name}-{factory.label}"
     gpu = factory.settings().get("device", "cpu") != "cpu"
+    out.mkdir(parents=True, exist_ok=True)  # now, not when the first sequence is done
     results = evaluate(
         factory, sequences, out=out, jobs=args.jobs, ray=args.ray, gpu=gpu, resume=not args.rerun,
         progress=True,

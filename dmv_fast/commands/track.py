@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--rerun", metavar="OUT.rrd", help="a recording for the Rerun viewer (extra: rerun)")
     parser.add_argument("--weights", default="dmv18", help="a shipped network or a file (dmv18)")
-    parser.add_argument("-k", type=int, metavar="K", help="candidates a location (the network's own)")
+    parser.add_argument("-k", "--k", type=int, metavar="K", help="candidates a location (the network's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, bfloat16x3, float16 (auto)")
     parser.add_argument("--backend", default="auto", help="auto, or one that `dmv-fast doctor` lists (auto)")
@@ -98,6 +98,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("output", "boxes", "json", "rerun"):
         if getattr(args, name) == "":  # an unset variable of a shell
             raise ValueError(f"--{name} is empty; it must be a file's name")
+        if getattr(args, name) == "-":
+            raise ValueError(f"--{name} is '-'; it must be a file's name (./- for one called so)")
     if args.output and Path(args.output).suffix.lower() != ".mp4":
         raise ValueError(f"--output must end in .mp4, not {args.output!r}")
     if args.rerun and Path(args.rerun).suffix.lower() != ".rrd":

@@ -21,6 +21,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
+Keep = Callable[[str], bool]
+"""Whether the sequence of that name is wanted; the others are not read."""
+
+
 class DatasetError(ValueError):
     """A data set that cannot be read; the message names the file, the line, and what was expected."""
 
@@ -147,7 +151,8 @@ def _natural(path: Path) -> list[str | int]:
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder of frames")
-    found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    # macOS leaves a ._0001.jpg beside each file that it copies to another's disk
+    found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."]
     if not found:
         raise DatasetError(f"{folder}: holds no frames ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(found, key=_natural)
@@ -186,7 +191,11 @@ UAV123_STARTS = {
 }  # fmt: skip
 
 
-def read_otb(root: Path) -> list[Sequence]:
+def _all(name: str) -> bool:
+    return True
+
+
+def read_otb(root: Path, keep: Keep = _all) -> list[Sequence]:
     """OTB-style folders at any depth: NAME/img/*.jpg and NAME/groundtruth_rect.txt, or one a target."""
     found = []
     for folder, children, files in os.walk(root, followlinks=True):
@@ -199,35 +208,38 @@ def read_otb(root: Path) -> list[Sequence]:
     sequences = []
     for folder, annotations in found:
         name = folder.name if names[folder.name] == 1 else folder.relative_to(root).as_posix()
-        sequences += _read_otb_folder(folder, [folder / file for file in annotations], name)
+        sequences += _read_otb_folder(folder, [folder / file for file in annotations], name, keep)
     return sequences
 
 
-def _read_otb_folder(folder: Path, annotations: list[Path], name: str) -> list[Sequence]:
-    frames = _images(folder / "img")
+def _read_otb_folder(folder: Path, annotations: list[Path], name: str, keep: Keep) -> list[Sequence]:
     if len(annotations) > 1:  # Human4 comes with an empty file beside the real one
         annotations = [path for path in annotations if path.read_text(errors="replace").strip()]
     sequences = []
     for number, path in enumerate(annotations, start=1):
-        boxes, used = read_boxes(path), frames
+        target = f"{name}.{number}" if len(annotations) > 1 else name
+        if not keep(target):
+            continue
+        frames = used = _images(folder / "img")
+        boxes = read_boxes(path)
         if len(boxes) != len(frames) and folder.name.lower() in OTB_RANGES:
             used = frames[slice(*OTB_RANGES[folder.name.lower()])]
-        sequences.append(_sequence(f"{name}.{number}" if len(annotations) > 1 else name, used, boxes, path))
+        sequences.append(_sequence(target, used, boxes, path))
     return sequences
 
 
-def read_pairs(root: Path) -> list[Sequence]:
+def read_pairs(root: Path, keep: Keep = _all) -> list[Sequence]:
     """Videos with box files beside them: NAME.mp4 and NAME.txt, or NAME.1.txt, NAME.2.txt one a target."""
     sequences = []
-    for video in sorted(path for path in root.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES):
+    for video in sorted(p for p in root.glob("[!.]*") if p.suffix.lower() in VIDEO_SUFFIXES):
         pattern = re.compile(re.escape(video.stem) + r"(\.\d+)?\.txt")
         annotations = [path for path in root.glob("*.txt") if pattern.fullmatch(path.name)]
-        for path in sorted(annotations, key=_natural):
+        for path in sorted((path for path in annotations if keep(path.stem)), key=_natural):
             sequences.append(Sequence(path.stem, video, read_boxes(path)))
     return sequences
 
 
-def read_got10k(root: Path) -> list[Sequence]:
+def read_got10k(root: Path, keep: Keep = _all) -> list[Sequence]:
     """GOT-10k: list.txt, NAME/%08d.jpg, NAME/groundtruth.txt, cover.label or absence.label, meta_info.ini.
 
     root is one subset, or a folder that holds one subset only. A frame is absent where the visible share
@@ -239,7 +251,8 @@ def read_got10k(root: Path) -> list[Sequence]:
             found = f"holds the subsets {', '.join(subsets)}: name one" if subsets else "has no list.txt"
             raise DatasetError(f"{root}: {found}")
         root = root / subsets[0]
-    return [read_got10k_sequence(folder) for folder in listed_folders(root / "list.txt", root)]
+    folders = listed_folders(root / "list.txt", root)
+    return [read_got10k_sequence(folder) for folder in folders if keep(folder.name)]
 
 
 def listed_folders(listing: Path, root: Path) -> list[Path]:
@@ -276,12 +289,12 @@ def _got10k_resolution(folder: Path) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def read_lasot(root: Path) -> list[Sequence]:
+def read_lasot(root: Path, keep: Keep = _all) -> list[Sequence]:
     """LaSOT: CLASS/CLASS-1/img/*.jpg, groundtruth.txt, full_occlusion.txt, out_of_view.txt.
 
     A frame is absent where either flag is set, as in LaSOT's own toolkit.
     """
-    return [read_lasot_sequence(folder) for folder in lasot_folders(root)]
+    return [read_lasot_sequence(folder) for folder in lasot_folders(root) if keep(folder.name)]
 
 
 def lasot_folders(root: Path) -> list[Path]:
@@ -300,10 +313,11 @@ def read_lasot_sequence(folder: Path) -> Sequence:
     return _sequence(folder.name, _images(folder / "img"), boxes, annotation)
 
 
-def read_trackingnet(root: Path) -> list[Sequence]:
+def read_trackingnet(root: Path, keep: Keep = _all) -> list[Sequence]:
     """TrackingNet: frames/NAME/%d.jpg and anno/NAME.txt, in root or in TEST, TRAIN_0, ... below it."""
     folders = (root / "anno", *sorted(root.glob("*/anno")))
-    return [read_trackingnet_sequence(path) for folder in folders for path in sorted(folder.glob("*.txt"))]
+    found = [path for folder in folders for path in sorted(folder.glob("[!.]*.txt")) if keep(path.stem)]
+    return [read_trackingnet_sequence(path) for path in found]
 
 
 def read_trackingnet_sequence(annotation: Path) -> Sequence:
@@ -312,7 +326,7 @@ def read_trackingnet_sequence(annotation: Path) -> Sequence:
     return _sequence(annotation.stem, frames, read_boxes(annotation), annotation)
 
 
-def read_uav123(root: Path) -> list[Sequence]:
+def read_uav123(root: Path, keep: Keep = _all) -> list[Sequence]:
     """UAV123: anno/UAV123/NAME.txt and data_seq/UAV123/FOLDER/%06d.jpg; several names may share a folder.
 
     UAV20L (anno/UAV20L, frames of the same folders) is read where anno/UAV123 is not there.
@@ -322,7 +336,7 @@ def read_uav123(root: Path) -> list[Sequence]:
     if long_videos:
         annotations = root / "anno" / "UAV20L"
     sequences = []
-    for path in sorted(annotations.glob("*.txt"), key=_natural):
+    for path in sorted((p for p in annotations.glob("[!.]*.txt") if keep(p.stem)), key=_natural):
         boxes = read_boxes(path)
         folder = root / "data_seq" / "UAV123" / path.stem
         if not folder.is_dir():
@@ -335,7 +349,7 @@ def read_uav123(root: Path) -> list[Sequence]:
     return sequences
 
 
-READERS: dict[str, Callable[[Path], list[Sequence]]] = {
+READERS: dict[str, Callable[..., list[Sequence]]] = {
     "otb": read_otb,
     "pairs": read_pairs,
     "got10k": read_got10k,
@@ -352,7 +366,7 @@ def detect(root: Path) -> str:
         "uav123": ("anno/UAV123/*.txt", "anno/UAV20L/*.txt"),
         "trackingnet": ("anno/*.txt", "*/anno/*.txt"),
         "lasot": ("*/groundtruth.txt", "*/*/groundtruth.txt"),
-        "pairs": tuple("*" + suffix for suffix in VIDEO_SUFFIXES),
+        "pairs": tuple("*" + end for suffix in VIDEO_SUFFIXES for end in (suffix, suffix.upper())),
     }
     for name, patterns in marks.items():
         if any(next(root.glob(pattern), None) is not None for pattern in patterns):
@@ -360,9 +374,10 @@ def detect(root: Path) -> str:
     return "otb"
 
 
-def load(dataset: str, root: Path | str) -> list[Sequence]:
+def load(dataset: str, root: Path | str, names: Iterable[str] | None = None) -> list[Sequence]:
     """Sequences of the data set under `root`, in its order. dataset: a name of READERS, or "auto".
 
+    names: only these, as for `select`; what is wrong with another one does not matter then.
     Raises DatasetError where the folder, or anything in it, is not as that layout has it.
     """
     root = Path(root)
@@ -372,19 +387,29 @@ def load(dataset: str, root: Path | str) -> list[Sequence]:
         dataset = detect(root)
     if dataset not in READERS:
         raise DatasetError(f"dataset is {dataset!r}; known: {', '.join(READERS)}, auto")
+    wanted = None if names is None else _listed(names)
+    if wanted:
+        sequences = READERS[dataset](root, wanted.__contains__)
+        if {sequence.name for sequence in sequences} == wanted:
+            return sequences
     sequences = READERS[dataset](root)
     if not sequences:
         layout = (READERS[dataset].__doc__ or "").splitlines()[0]
         raise DatasetError(f"{root}: no sequence found. Expected {layout}")
-    return sequences
+    return sequences if wanted is None else select(sequences, wanted)
 
 
-def select(sequences: list[Sequence], names: Iterable[str]) -> list[Sequence]:
-    """The sequences of these names, in the data set's order; "@FILE" stands for the names in a file."""
+def _listed(names: Iterable[str]) -> set[str]:
     wanted: set[str] = set()
     for name in names:
         listed = read_lines(Path(name[1:])) if name.startswith("@") else [name]
         wanted.update(line.strip() for line in listed if line.strip())
+    return wanted
+
+
+def select(sequences: list[Sequence], names: Iterable[str]) -> list[Sequence]:
+    """The sequences of these names, in the data set's order; "@FILE" stands for the names in a file."""
+    wanted = _listed(names)
     chosen = [sequence for sequence in sequences if sequence.name in wanted]
     missing = sorted(wanted - {sequence.name for sequence in chosen})
     if missing:

@@ -110,7 +110,7 @@ def _worst(folder: Path, rows: list[dict], dataset: str | None, root: Path | Non
         sequences = {s.name: s for s in _sequences(folder, dataset, root)}
         strips = [_strip(folder, row, sequences) for row in ranked]
     except DatasetError as error:
-        if root is not None:  # it was asked for
+        if root is not None or dataset is not None:  # it was asked for
             raise
         return note(f"No frames to show: {error}")
     words = "The line is the IoU over time, the dashed marks are the frames shown below it."
@@ -124,8 +124,8 @@ def _sequences(folder: Path, dataset: str | None, root: Path | None) -> list[dat
             dataset, root = dataset or told["dataset"], Path(told["root"])
         except (OSError, ValueError, KeyError, TypeError):
             raise DatasetError("the run does not tell where its data set is; give --root") from None
-    if not root.is_dir():
-        raise DatasetError(f"the data set is not in {root.name!r} any more; give --root")
+        if not root.is_dir():
+            raise DatasetError(f"the data set is not in {root.name!r} any more; give --root")
     return datasets.load(dataset or "auto", root)
 
 

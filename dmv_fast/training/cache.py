@@ -6,6 +6,7 @@ instead of once a step, and so is making the crop.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -42,6 +43,8 @@ class FeatureCache:
         mode = "r+" if (folder / "features.f16").is_file() else "w+"
         self.features = np.memmap(folder / "features.f16", np.float16, mode, shape=self.shape)
         self.boxes = np.memmap(folder / "boxes.f32", np.float32, mode, shape=(samples, frames, 4))
+        if mode == "w+":
+            _allot(folder / "features.f16", self.features.nbytes)
 
     def fill(
         self, model: DMV, stream: SampleStream, *, precision: torch.dtype, workers: int = 1,
@@ -77,3 +80,16 @@ class FeatureCache:
         """Chosen frames of one sample: layer3 features (n, C3, 32, 32) bfloat16, boxes (n, 4)."""
         features = torch.from_numpy(self.features[row][frames]).bfloat16()
         return features, torch.from_numpy(self.boxes[row][frames])
+
+
+def _allot(path: Path, size: int) -> None:
+    """Have the disk set the file's bytes aside: a map into a file that has none ends the process (SIGBUS)."""
+    if not hasattr(os, "posix_fallocate"):  # macOS, Windows
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                message = f"{path}: no room for {size / 1e9:.1f} GB of features ({error.strerror})"
+                raise OSError(error.errno, message) from None

@@ -20,6 +20,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from dmv_fast.evaluation.datasets import DatasetError, read_rows
+
 HELD_OUT_SHARE = 0.08
 _MIN_SIDE = 12  # pixels of a photograph: a smaller object has no texture left to enlarge
 MIN_SIDE_CLIP = 7  # real small targets exist and look like this
@@ -95,19 +97,26 @@ def usable(box: np.ndarray, min_side: float, max_area: float) -> np.ndarray:
 def load_catalog(root: Path, *, held_out: bool = False) -> Catalog:
     """Read the folder's annotations: the held-out part, or everything else.
 
-    Raises FileNotFoundError when there is neither `annotations.jsonl` nor a `clips` folder.
+    Raises FileNotFoundError when there is neither `annotations.jsonl` nor a `clips` folder, DatasetError (a
+    ValueError) at a line of an annotation that is none.
     """
     annotations, clips = root / "annotations.jsonl", root / "clips"
     if not annotations.exists() and not clips.exists():
         raise FileNotFoundError(f"root: {root} holds neither annotations.jsonl nor clips/")
     catalog = Catalog([], [], [], [], [])
     if annotations.exists():
-        with annotations.open() as lines:
-            for line in lines:
-                record = json.loads(line)
-                if is_held_out(Path(record["image"]).stem) == held_out:
-                    _add_photo(catalog, root, record)
-    for path in sorted(clips.glob("*.mp4")):
+        with annotations.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                    if is_held_out(Path(record["image"]).stem) == held_out:
+                        _add_photo(catalog, root, record)
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    what = f"has no {error}" if isinstance(error, KeyError) else error
+                    raise DatasetError(f"{annotations}, line {number}: {what}") from None
+    for path in sorted(clips.glob("[!.]*.mp4")):
         if is_held_out(path.stem) == held_out:
             tracks = tuple(_read_track(p) for p in sorted(clips.glob(f"{path.stem}.*.txt")))
             tracks = tuple(t for t in tracks if np.isfinite(t[:, 0]).sum() >= 2)
@@ -124,9 +133,14 @@ def _add_photo(catalog: Catalog, root: Path, record: dict) -> None:
         catalog.plain.append(index)
     for entry in record["objects"]:
         box = np.asarray(entry["bbox"], dtype=np.float64)
+        if box.shape != (4,):
+            raise ValueError(f"bbox is {entry['bbox']!r}; it must be four numbers x, y, w, h")
         if not usable(box, _MIN_SIDE, _MAX_SHARE * width * height):
             continue
-        polygons = tuple(tuple(p) for p in entry.get("polygons") or () if len(p) >= 6)
+        outlines = entry.get("polygons") or ()
+        if any(np.ndim(p) != 1 or len(p) % 2 for p in outlines):
+            raise ValueError("polygons must be flat lists x0, y0, x1, y1, ...")
+        polygons = tuple(tuple(p) for p in outlines if len(p) >= 6)
         number = len(catalog.objects)
         catalog.objects.append(PhotoObject(index, tuple(box), entry["label"], polygons))
         catalog.together.setdefault(index, []).append(number)
@@ -136,7 +150,7 @@ def _add_photo(catalog: Catalog, root: Path, record: dict) -> None:
 
 
 def _read_track(path: Path) -> np.ndarray:
-    boxes = np.loadtxt(path, delimiter=",", ndmin=2, dtype=np.float64)
+    boxes = read_rows(path)
     boxes[~usable(boxes, MIN_SIDE_CLIP, np.inf)] = np.nan
     return boxes
 

@@ -81,7 +81,8 @@ class SampleStream:
         self.max_skip, self.held_out = max_skip, held_out
         self.mix = {kind: weight for kind, weight in mix.items() if weight > 0 and self._stock(kind)}
         if not self.mix:
-            raise ValueError(f"root: {self.root} holds no material for any of {sorted(mix)}")
+            part = " in the part kept for validation" if held_out else ""
+            raise ValueError(f"root: {self.root} holds no material for any of {sorted(mix)}{part}")
 
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, self.frames)

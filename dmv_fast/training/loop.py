@@ -40,6 +40,7 @@ from dmv_fast.weights import load_model, load_pretrained, save_model
 
 _WARM_UP = 200
 _CHECKPOINT = "checkpoint.pt"
+_BOUND = ("model", "freeze_stem", "optimiser", "backbone_rate", "stem_rate")
 _PATIENCE = timedelta(hours=2)  # of one process for another: the first fills the feature cache alone
 
 
@@ -139,21 +140,34 @@ class Run:
         state = {
             "model": self.model.state_dict(), "ema": self.ema.state_dict(), "step": self.step,
             "optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict(),
-            "seconds": self.seconds,
+            "seconds": self.seconds, "recipe": self._bound(),
         }  # fmt: skip
         part = self.out / (_CHECKPOINT + ".part")
-        torch.save(state, part)
-        os.replace(part, self.out / _CHECKPOINT)
+        try:
+            torch.save(state, part)
+            os.replace(part, self.out / _CHECKPOINT)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"{part}: cannot be written, is the disk full? ({error})") from error
+        finally:
+            part.unlink(missing_ok=True)
         save_model(self.ema, self.out / "model.safetensors")
 
     def load(self) -> None:
         """Go on from `checkpoint.pt`."""
         state = torch.load(self.out / _CHECKPOINT, map_location=self.device, weights_only=True)
+        for name, value in self._bound().items():
+            was = state.get("recipe", {}).get(name, value)  # older checkpoints do not tell
+            if was != value:
+                raise ValueError(f"recipe: {name} is {value}; the run in {self.out} has {was}")
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+    def _bound(self) -> dict[str, str]:
+        """What cannot change amid a run: the saved state fits nothing else."""
+        return {name: str(getattr(self.recipe, name)) for name in _BOUND}
 
     # ---- the loop ----------------------------------------------------------------------------------
 
@@ -164,6 +178,7 @@ class Run:
         return max(self.step / self.recipe.steps, timed)
 
     def execute(self, workers: int | None = None, pause_after: float | None = None) -> Path:
+        self._check_held_out()
         recipe, source = self.recipe, self._source(workers)
         forward = self._forward_module(self.unroll)
         teaching = None if self.teaching is None else self._forward_module(self.teaching)
@@ -215,8 +230,17 @@ class Run:
         if log is not None:
             self._measure(log, videos=videos)
 
+    def _check_held_out(self) -> None:
+        """Now, not at the first checkpoint: a small folder may have nothing that is held out."""
+        if self.recipe.validate_samples:
+            try:
+                recipe_stream(self.recipe, self.data, held_out=True)
+            except ValueError as error:
+                raise ValueError(f"{error}; add files, or set validate_samples: 0 in the recipe") from None
+
     def _measure(self, log: Log, *, videos: bool) -> None:
-        log.samples(self.step, self.validate())
+        if self.recipe.validate_samples:
+            log.samples(self.step, self.validate())
         if videos and self.recipe.validate_clips:
             weights = self.out / "model.safetensors"
             log.videos(self.step, on_videos(weights, self.data, self.recipe.validate_clips, self.device))

@@ -77,7 +77,7 @@ def list_trackingnet(root: Path) -> list[Track]:
     for chunk in chunks:
         if not (chunk / "anno").is_dir():
             raise DatasetError(f"{chunk / 'anno'}: no such folder of annotations")
-        for path in sorted((chunk / "anno").glob("*.txt")):
+        for path in sorted((chunk / "anno").glob("[!.]*.txt")):
             tracks.append(Track(path.stem, path, read_trackingnet_sequence))
     return tracks
 

@@ -106,7 +106,7 @@ class Recipe:
     seed: int = 0
     checkpoint_minutes: float = 3.0
     validate_samples: int = 64
-    """Held-out samples that each checkpoint is measured on."""
+    """Held-out samples that each checkpoint is measured on; 0: it is not, and none need be held out."""
     validate_clips: int = 0
     """Held-out videos that the tracker is run over, half of them made, half real, at every `clips_every`th
     checkpoint and at the end: about three seconds each on a CPU core."""
@@ -122,6 +122,7 @@ class Recipe:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)!r}; it must be one of {allowed}")
         lowest = {"steps": 1, "batch": 1, "frames_every": 1, "seed": 0, "cached_samples": 0}
+        lowest |= {"validate_samples": 0, "validate_clips": 0, "clips_every": 1}
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)}; it must be {least} or more")

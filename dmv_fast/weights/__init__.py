@@ -66,9 +66,14 @@ def save_model(model: DMV, path: str | os.PathLike[str], *, dtype: torch.dtype =
     path = Path(path)
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in model.state_dict().items()}
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={_CONFIG_KEY: json.dumps(asdict(model.config))})
-    part.chmod(0o644)  # safetensors makes files for their owner alone; a checkpoint is there to be shared
-    os.replace(part, path)
+    try:
+        save_file(tensors, part, metadata={_CONFIG_KEY: json.dumps(asdict(model.config))})
+        part.chmod(0o644)  # safetensors makes files for their owner alone; a checkpoint is there to be shared
+        os.replace(part, path)
+    except SafetensorError as error:
+        raise OSError(f"{part}: cannot be written, is the disk full? ({error})") from error
+    finally:
+        part.unlink(missing_ok=True)
     return sha256(path)
 
 

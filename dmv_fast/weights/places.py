@@ -106,7 +106,12 @@ def _expected(path: Path) -> str | None:
         if path.parent.resolve() == SHIPPED.resolve():
             raise CheckpointError(f"weights {path}: not listed in {SUMS.name}")
     note = path.with_name(path.name + ".sha256")
-    return note.read_text().split()[0] if note.is_file() else None
+    if not note.is_file():
+        return None
+    words = note.read_text().split()
+    if not words:
+        raise CheckpointError(f"weights {path}: {note.name} is empty; it should hold the sha256")
+    return words[0]
 
 
 def _how_to_get(name: str) -> str:
