@@ -188,7 +188,7 @@ class Replayed:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialResult:
     """One pass over one trial. Pairs are (this many, of so many)."""
 
     group: str
@@ -204,7 +204,7 @@ class Outcome:
     """(n - 1,) of the frames after the first: IoU, 0 out of sight, NaN unknown."""
 
 
-def follow(tracker: FastDMVTracker, trial: Trial) -> Outcome:
+def follow(tracker: FastDMVTracker, trial: Trial) -> TrialResult:
     """One pass over a trial."""
     tracker.init(trial.frames[0], trial.boxes[0])
     results = [tracker.track(frame) for frame in trial.frames[1:]]
@@ -218,7 +218,7 @@ def follow(tracker: FastDMVTracker, trial: Trial) -> Outcome:
     stretches = [] if trial.group == "real" else [s for s in runs(seen) if s[1] - s[0] >= SOON]
     gone = [not found[a : a + SOON].all() for a, _, here in stretches if not here]
     back = [bool(hits[a : a + SOON].any()) for a, _, here in stretches if here and a > 0]
-    return Outcome(
+    return TrialResult(
         group=trial.group,
         auc=score_sequence(np.concatenate([trial.boxes[:1], boxes]), trial.boxes).auc,
         gone=(sum(gone), len(gone)),
@@ -238,7 +238,7 @@ def runs(flags: np.ndarray) -> Iterator[tuple[int, int, bool]]:
         yield start, end, bool(flags[start])
 
 
-Table = dict[str, list[Outcome]]
+Table = dict[str, list[TrialResult]]
 
 
 def measure(
@@ -287,7 +287,7 @@ def rows(table: Table) -> list[list[str]]:
     return lines
 
 
-def total(outcomes: list[Outcome], field: str) -> tuple[int, int]:
+def total(outcomes: list[TrialResult], field: str) -> tuple[int, int]:
     """A pair summed over outcomes."""
     some, every = np.array([getattr(outcome, field) for outcome in outcomes] or [(0, 0)]).sum(0)
     return int(some), int(every)
@@ -297,7 +297,7 @@ def share(pair: tuple[int, int]) -> str:
     return f"{pair[0] / pair[1]:.3f}" if pair[1] else "-"
 
 
-def f_score(outcomes: list[Outcome]) -> float:
+def f_score(outcomes: list[TrialResult]) -> float:
     """2 P R / (P + R) of P = overlap / frames called found, R = overlap / frames in sight."""
     missed, seen = total(outcomes, "false_lost")
     ghosts, _ = total(outcomes, "ghosts")

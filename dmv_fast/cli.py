@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 import dmv_fast
 
@@ -31,7 +32,7 @@ _COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"dmv-fast: error: {message} (see {self.prog} --help)\n")
 
 
@@ -120,5 +121,5 @@ def _say(kind: str, message: str) -> None:
     tqdm.write(f"dmv-fast: {kind}: {' '.join(message.split())}", file=sys.stderr)  # beside a progress bar too
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _say("warning", str(message))

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from dmv_fast.model.dmv import DMV
 from dmv_fast.model.pick import cosine_window, pick
+from dmv_fast.model.retrieval import MemoryRead
 from dmv_fast.ops.gather import gather_reference
 from dmv_fast.ops.retrieve import retrieve_reference
 from dmv_fast.tracker import TrackerConfig
@@ -78,6 +79,8 @@ class First(nn.Module):
 class Read(nn.Module):
     """Features and memory to boxes: retrieve, vote, head and the choice, by the plain operators."""
 
+    window: Tensor  # (A, H, W)
+
     def __init__(self, model: DMV, k: int):
         super().__init__()
         self.model, self.k = model, k
@@ -87,7 +90,8 @@ class Read(nn.Module):
         self, features: Tensor, keys: Tensor, values: Tensor, valid: Tensor, size: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Shapes: see the module's docstring. values are projected already (C wide)."""
-        read, vote = self.model.read, self.model.read.voting
+        read = _read_of(self.model)
+        vote = read.voting
         scores, indices = retrieve_reference(read.query(features), keys, self.k, valid)
         null = vote.value_in(read.null_value)
         query_part = vote.query_in(features.flatten(2).transpose(1, 2))  # (B, M, C)
@@ -108,7 +112,12 @@ class Write(nn.Module):
     def forward(self, features: Tensor, scores: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
         """-> keys (B, M, D), values (B, M, C)."""
         keys, values = self.model.remember(features, scores, deltas)
-        return keys, self.model.read.voting.value_in(values)
+        return keys, _read_of(self.model).voting.value_in(values)
+
+
+def _read_of(model: DMV) -> MemoryRead:
+    assert isinstance(model.read, MemoryRead), "export_onnx has refused the others"
+    return model.read
 
 
 @dataclass(frozen=True)

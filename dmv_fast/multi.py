@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
-import numbers
 from collections.abc import Sequence
 
 import numpy as np
 
+from dmv_fast.cloning import Cloneable
 from dmv_fast.runtime.load import frame_step_for
-from dmv_fast.target import Target, TrackerConfig, TrackResult
-from dmv_fast.tracker import FastDMVTracker
+from dmv_fast.target import Target, TrackerConfig, TrackResult, check_whole
 from dmv_fast.vision.frames import as_bgr, check_box
 
 
-class MultiTracker:
+class MultiTracker(Cloneable):
     """Tracks several objects of one video; each as a FastDMVTracker of its own would, in one call for all.
 
     Args:
@@ -28,13 +27,11 @@ class MultiTracker:
         self, weights: str = "dmv18", k: int | None = None, device: str = "auto", dtype: str = "auto",
         backend: str = "auto", config: TrackerConfig | None = None, *, capacity: int = 16,
     ):  # fmt: skip
-        if not isinstance(capacity, numbers.Integral) or capacity < 1:
-            raise ValueError(f"capacity is {capacity!r}; it must be a whole number, 1 or more")
+        self._capacity = check_whole("capacity", capacity, 1)
         self.config = TrackerConfig.of(config)
-        self._capacity = capacity = int(capacity)
         self.frame_step = frame_step_for(
             weights, k, device, dtype, backend,
-            capacity=self.config.capacity, pick=self.config.pick, targets=capacity,
+            capacity=self.config.capacity, pick=self.config.pick, targets=self._capacity,
         )  # fmt: skip
         self._targets: list[Target] = []  # place -> target; places in use come first
         self._names: list[int] = []  # place -> the number that `add` gave
@@ -90,21 +87,9 @@ class MultiTracker:
             results[name] = self._targets[place].settle(windows[place], answers[place], self.config, write)
         return results
 
-    def clone(self) -> MultiTracker:
-        """An independent tracker in the same state; the weights are shared."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.frame_step = self.frame_step.clone()
-        other._targets = [copy.copy(target) for target in self._targets]
-        other._names = list(self._names)
-        return other
-
-    __copy__ = clone
-
-    def __deepcopy__(self, memo: dict) -> MultiTracker:
-        return self.clone()
-
-    __reduce_ex__ = FastDMVTracker.__reduce_ex__
+    def _own_targets(self) -> None:
+        self._targets = [copy.copy(target) for target in self._targets]
+        self._names = list(self._names)
 
     def __len__(self) -> int:
         return len(self._targets)

@@ -18,6 +18,13 @@ _SMALLEST = 2.0  # pixels; a box never shrinks below
 _MOST = 256  # windows along a side of the frame: for a target of a pixel there would be millions
 
 
+def check_whole(name: str, value: object, least: int) -> int:
+    """A setting as an int; ValueError unless it is a whole number of any type, `least` or more."""
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+    return int(value)
+
+
 @dataclass(frozen=True)
 class TrackerConfig:
     """How a tracker uses its network; the defaults are the paper's where it says (section 3.5)."""
@@ -45,9 +52,7 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("capacity", 1), ("search_home", 1), ("search_patience", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+            check_whole(name, getattr(self, name), least)
         if not 1 <= self.search_width < math.inf:
             raise ValueError(f"search_width is {self.search_width!r}; it must be 1 or more")
 

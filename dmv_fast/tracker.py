@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NoReturn
 
 import numpy as np
 
+from dmv_fast.cloning import Cloneable
 from dmv_fast.runtime.load import frame_step_for
 from dmv_fast.target import Target, TrackerConfig, TrackResult
 from dmv_fast.vision.crop import search_window
@@ -16,7 +16,7 @@ from dmv_fast.vision.frames import as_bgr, check_box
 __all__ = ["FastDMVTracker", "TrackResult", "TrackerConfig"]
 
 
-class FastDMVTracker:
+class FastDMVTracker(Cloneable):
     """Tracks one object, chosen by its box in the first frame. A drop-in for `cv2.Tracker`.
 
     Trackers in one process share their weights. One tracker belongs to one thread at a time; different
@@ -91,21 +91,5 @@ class FastDMVTracker:
         (answer,) = self.frame_step.step(image, [window], np.array([size]))
         return self._target.settle(window, answer, self.config, lambda frame: self.frame_step.write(0, frame))
 
-    def clone(self) -> FastDMVTracker:
-        """An independent tracker in the same state; the weights are shared."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.frame_step = self.frame_step.clone()
-        other._target = copy.copy(self._target)
-        return other
-
-    __copy__ = clone  # a shallow one would share the memory: two trackers that spoil each other's
-
-    def __deepcopy__(self, memo: dict) -> FastDMVTracker:
-        return self.clone()
-
-    def __reduce_ex__(self, protocol: int) -> NoReturn:
-        raise TypeError(
-            "a tracker does not pickle, its weights are laid out for this processor; "
-            "make one in each process, by the same arguments"
-        )
+    def _own_targets(self) -> None:
+        self._target = copy.copy(self._target)

@@ -62,8 +62,8 @@ def sequences(root: Path) -> list[datasets.Sequence]:
     return datasets.load("otb", root)
 
 
-def setting(weights: str, name: str = "base", **fields: object) -> settings.Setting:
-    return settings.Setting(name, weights, "float32", **fields)
+def setting(weights: str, name: str = "base", **fields: object) -> settings.TrackerSetting:
+    return settings.TrackerSetting(name, weights, "float32", **fields)
 
 
 def writes_always(capacity: int = 4, interval: int = 2) -> TrackerConfig:
@@ -71,7 +71,7 @@ def writes_always(capacity: int = 4, interval: int = 2) -> TrackerConfig:
     return dataclasses.replace(TrackerConfig(), capacity=capacity, policy=policy, found_score=0.0)
 
 
-def remembered(one: settings.Setting, sequence: datasets.Sequence) -> list[int]:
+def remembered(one: settings.TrackerSetting, sequence: datasets.Sequence) -> list[int]:
     tracker = one.tracker()
     images = list(sequence.images())
     tracker.init(images[0], BOX)

@@ -113,7 +113,7 @@ def test_wrong_rows_are_refused():
     with pytest.raises(RuntimeError, match="valid: should be int32"):
         retrieve_packed(query, memory, 4, valid=torch.tensor([32], dtype=torch.int32).expand(9))
     for bad in (-32, 96):
-        with pytest.raises(ValueError, match=f"valid: is {bad}, it should be 0..64"):
+        with pytest.raises(ValueError, match=f"valid: is {bad}, it must be 0..64"):
             retrieve_packed(query, memory, 4, valid=bad)
     with pytest.raises(RuntimeError, match="k: should be 1..32"):
         retrieve_packed(query, memory, 33)

@@ -146,7 +146,7 @@ def test_wrong_rows_are_refused():
         retrieve_packed(query, keys[..., :64], 4)
     with pytest.raises(RuntimeError, match="valid: should lie in 0..N"):
         retrieve_packed(query, keys, 4, valid=torch.tensor([65], dtype=torch.int32))
-    with pytest.raises(ValueError, match="valid: is 65, it should be 0..64"):
+    with pytest.raises(ValueError, match="valid: is 65, it must be 0..64"):
         retrieve_packed(query, keys, 4, valid=65)
     with pytest.raises(RuntimeError, match="k: should be 1..32"):
         retrieve_packed(query, keys, 33)

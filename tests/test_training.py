@@ -21,7 +21,7 @@ from dmv_fast.runtime.load import load_network
 from dmv_fast.training import loop, validation
 from dmv_fast.training.data import SampleStream
 from dmv_fast.training.log import Log
-from dmv_fast.training.loop import Frames, Run, train
+from dmv_fast.training.loop import Frames, TrainingRun, train
 from dmv_fast.training.recipe import Recipe, load_recipe
 from dmv_fast.training.unroll import Unroll
 from dmv_fast.weights import CheckpointError, save_model
@@ -344,7 +344,7 @@ def test_start_from_goes_on_from_those_weights_on_either_grid(data, tmp_path):
     save_model(DMV(DMVConfig(key_dim=64, value_dim=32, vote_dim=16, heads=2)), start)
     text = TINY.format(steps=1).replace("heads: 2", "heads: 2, grid: 32") + f"start_from: {start}\n"
     recipe = write_recipe(tmp_path / "s.yaml", text)
-    run = Run(load_recipe(recipe), recipe, data, tmp_path / "x", torch.device("cpu"), None)
+    run = TrainingRun(load_recipe(recipe), recipe, data, tmp_path / "x", torch.device("cpu"), None)
     assert run.model.config.grid == 32
     for name, tensor in load_model(start).state_dict().items():
         assert torch.equal(run.model.state_dict()[name], tensor), name

@@ -26,7 +26,7 @@ THRESHOLDS = (0.0, 0.9)
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrackerSetting:
     """One tracker to run over every sequence."""
 
     name: str
@@ -42,7 +42,7 @@ class Setting:
     short: bool = True
     """Whether it is worth running on short sequences too."""
 
-    def on(self, sequence: Sequence) -> Setting:
+    def on(self, sequence: Sequence) -> TrackerSetting:
         """The same with no more capacity than the sequence can fill: many such are one run."""
         frames = len(sequence) - sequence.start - 1
         most = 1 + frames // self.config.policy.interval
@@ -85,16 +85,18 @@ def _sum(weights: str) -> str:
     return sha256(find(weights))
 
 
-def settings_of(weights: str, dtype: str) -> list[Setting]:
+def settings_of(weights: str, dtype: str) -> list[TrackerSetting]:
     """Every setting of one trained checkpoint; "base" first, what all others are compared with."""
     config = TrackerConfig()
-    base = Setting("base", weights, dtype, k=load_model(weights).config.candidates)
+    base = TrackerSetting("base", weights, dtype, k=load_model(weights).config.candidates)
 
-    def memory(name: str, *, capacity: int = config.capacity, short: bool = True, **policy: float) -> Setting:
+    def memory(
+        name: str, *, capacity: int = config.capacity, short: bool = True, **policy: float
+    ) -> TrackerSetting:
         changed = replace(config, capacity=capacity, policy=replace(config.policy, **policy))
         return replace(base, name=name, config=changed, short=short)
 
-    def picking(name: str, **terms: float) -> Setting:
+    def picking(name: str, **terms: float) -> TrackerSetting:
         return replace(base, name=name, config=replace(config, pick=replace(config.pick, **terms)))
 
     return [
@@ -117,15 +119,18 @@ def settings_of(weights: str, dtype: str) -> list[Setting]:
     ]
 
 
-def compared_of(named: list[str], dtype: str) -> list[Setting]:
+def compared_of(named: list[str], dtype: str) -> list[TrackerSetting]:
     """Other whole checkpoints, each NAME=FILE, tracked with as shipped."""
     pairs = [text.partition("=")[::2] for text in named]
     if wrong := [text for text, (_, path) in zip(named, pairs, strict=True) if not path]:
         raise ValueError(f"compare is {wrong[0]!r}; it must be NAME=FILE")
-    return [Setting(f"{COMPARED}{name}", path, dtype) for name, path in pairs]
+    return [TrackerSetting(f"{COMPARED}{name}", path, dtype) for name, path in pairs]
 
 
-def readers_of(runs: Path, dtype: str) -> list[Setting]:
+def readers_of(runs: Path, dtype: str) -> list[TrackerSetting]:
     """A setting a trained reader, VARIANT-SEED, in the folder that `readers.train` filled."""
     done = sorted(path.parent for path in runs.glob("*/held_out.csv"))
-    return [Setting(f"{READER}{run.name}", str(run / "model.safetensors"), dtype, plain=True) for run in done]
+    return [
+        TrackerSetting(f"{READER}{run.name}", str(run / "model.safetensors"), dtype, plain=True)
+        for run in done
+    ]

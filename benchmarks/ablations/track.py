@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.ablations.settings import Setting
+from benchmarks.ablations.settings import TrackerSetting
 from dmv_fast.evaluation.datasets import Sequence
 from dmv_fast.evaluation.metrics import score_sequence
 from dmv_fast.evaluation.results import Run, load_run, save_run
@@ -22,13 +22,13 @@ COLUMNS = ("dataset", "sequence", "setting", "frames", "auc", "precision_20px", 
 class Pair(NamedTuple):
     """One tracker on one sequence, and the folder for what it leaves."""
 
-    setting: Setting
+    setting: TrackerSetting
     sequence: Sequence
     folder: Path
 
 
 def track_all(
-    settings: list[Setting], data: dict[str, list[Sequence]], work: Path, *, jobs: int
+    settings: list[TrackerSetting], data: dict[str, list[Sequence]], work: Path, *, jobs: int
 ) -> list[dict[str, object]]:
     """Run what is missing in `work`; a row (COLUMNS) for each setting and sequence.
 
@@ -50,7 +50,7 @@ def track_all(
     return [_row(*names, pair) for names, pair in wanted.items()]
 
 
-def _pair(setting: Setting, sequence: Sequence, work: Path) -> Pair:
+def _pair(setting: TrackerSetting, sequence: Sequence, work: Path) -> Pair:
     setting = setting.on(sequence)
     return Pair(setting, sequence, work / setting.digest)
 

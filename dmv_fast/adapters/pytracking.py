@@ -58,7 +58,7 @@ class DMV:
         if params.color not in ("rgb", "bgr"):
             raise ValueError(f"params.color is {params.color!r}; it must be 'rgb' or 'bgr'")
         self.params = params
-        self.visdom = None  # the host sets it
+        self.visdom: Any = None  # the host sets it
         self._unstarted = FastDMVTracker(
             params.weights, params.k, params.device, params.dtype, params.backend, params.config
         )

@@ -102,7 +102,8 @@ def _read(frame: str | Mapping[str, str]) -> np.ndarray:
 def _box(region: Any) -> Box:
     """x, y, w, h of a rectangle, or around a polygon."""
     if isinstance(region, tuple) and len(region) == 4:
-        return tuple(float(v) for v in region)
+        x, y, w, h = (float(v) for v in region)
+        return x, y, w, h
     if isinstance(region, list) and region and all(len(point) == 2 for point in region):
         x, y = np.min(region, axis=0).tolist()
         right, bottom = np.max(region, axis=0).tolist()

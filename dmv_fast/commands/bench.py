@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmv_fast.commands.track import parse_box
+
+if TYPE_CHECKING:
+    from dmv_fast.evaluation.speed import Bench, Clip
 
 SECTIONS = {
     "k": "K = 1 to 32",
@@ -105,7 +109,7 @@ def _sections(args: argparse.Namespace) -> list[str]:
     return sections
 
 
-def _endure(bench, frames: int, facts: dict[str, object], output: Path | None) -> None:
+def _endure(bench: Bench, frames: int, facts: dict[str, object], output: Path | None) -> None:
     from dmv_fast.evaluation import speed_report
     from dmv_fast.evaluation.endurance import endure
     from dmv_fast.model.memory import MemoryPolicy
@@ -123,7 +127,7 @@ def _endure(bench, frames: int, facts: dict[str, object], output: Path | None) -
             speed_report.write_machine(facts, output / "endurance.json")
 
 
-def _clip(args: argparse.Namespace):
+def _clip(args: argparse.Namespace) -> Clip:
     from dmv_fast.evaluation import speed
     from dmv_fast.vision.frames import check_box
     from dmv_fast.vision.video import open_source

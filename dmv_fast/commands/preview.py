@@ -7,6 +7,12 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dmv_fast.training.data import SampleStream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.samples < 1:
         raise ValueError(f"samples is {args.samples}; it must be at least 1")
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"out is {str(args.out)!r}; its name should end in .png or .jpg")
+        raise ValueError(f"out is {str(args.out)!r}; its name must end in .png or .jpg")
     recipe = load_recipe(args.recipe)
     if args.seed is not None:
         recipe = replace(recipe, seed=args.seed)
@@ -53,9 +59,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _first(stream, kind: str | None, count: int) -> list[int]:
+def _first(stream: SampleStream, kind: str | None, count: int) -> list[int]:
     """Numbers of the stream's first samples of a kind."""
-    numbers, index = [], 0
+    numbers: list[int] = []
+    index = 0
     while len(numbers) < count:
         if kind is None or stream.kind(index) == kind:
             numbers.append(index)
@@ -63,7 +70,7 @@ def _first(stream, kind: str | None, count: int) -> list[int]:
     return numbers
 
 
-def _write(out: Path, sheet) -> None:
+def _write(out: Path, sheet: np.ndarray) -> None:
     import cv2
 
     out.parent.mkdir(parents=True, exist_ok=True)

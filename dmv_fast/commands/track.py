@@ -34,8 +34,9 @@ _SELECT_SIDE = 1000  # pixels; a larger frame is shown smaller to draw the box o
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Source, box, outputs, and how the tracker runs."""
     parser.add_argument(
-        "source", metavar="SOURCE", help="video file, folder or 'glob' of images, camera number, rtsp:// or http://"
-    )
+        "source", metavar="SOURCE",
+        help="video file, folder or 'glob' of images, camera number, rtsp:// or http://",
+    )  # fmt: skip
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--box", type=parse_box, metavar="X,Y,W,H", help="the target in the first frame")
     where.add_argument("--select", action="store_true", help="draw the box by mouse (needs a display)")
@@ -155,7 +156,7 @@ def _track(
     with _Stop().listening() as stop, ExitStack() as outputs:
         watch = _watch(tracker, args)
         sinks = list(_open_sinks(args, source, box, tally, watch, outputs))
-        view = outputs.enter_context(_open_view(watch, stop)) if args.view else None
+        view = outputs.enter_context(_open_view(watch, stop)) if args.view and watch else None
         bar = outputs.enter_context(tqdm(total=total, unit=" frames", dynamic_ncols=True, disable=None))
         frame: np.ndarray | None = first
         while frame is not None:
@@ -165,7 +166,7 @@ def _track(
                 sink(tally.number(), frame, *last)
             bar.set_postfix_str(f"score {last[1]:.2f}, tracker {tally.tracker_fps():.0f} FPS", refresh=False)
             bar.update()
-            if view is not None:
+            if view is not None and watch is not None:
                 _show(view, tracker, watch, tally, frame, last)
             if stop.signal or tally.frames == args.max_frames or (view is not None and view.closed):
                 break
@@ -243,7 +244,7 @@ def _open_sinks(
     if args.json:
         partial = outputs.enter_context(replaced_when_complete(args.json))
         yield outputs.enter_context(_json_rows(partial, args, source, box, tally))
-    if args.rerun:
+    if args.rerun and watch is not None:
         from dmv_fast.insight.recording import recording
 
         partial = outputs.enter_context(replaced_when_complete(args.rerun))

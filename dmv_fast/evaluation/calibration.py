@@ -64,11 +64,11 @@ def reliability(scores: np.ndarray, overlaps: np.ndarray, bins: int = BINS) -> R
     Raises ValueError where the shapes differ or a score is not a probability.
     """
     if scores.shape != overlaps.shape or scores.ndim != 1:
-        raise ValueError(f"scores have shape {scores.shape}, overlaps {overlaps.shape}; both should be (n,)")
+        raise ValueError(f"scores have shape {scores.shape}, overlaps {overlaps.shape}; both must be (n,)")
     known = ~(np.isnan(scores) | np.isnan(overlaps))
     scores, overlaps = scores[known], overlaps[known]
     if ((scores < 0) | (scores > 1)).any():
-        raise ValueError(f"scores reach from {scores.min():g} to {scores.max():g}; they should be 0 to 1")
+        raise ValueError(f"scores reach from {scores.min():g} to {scores.max():g}; they must be 0 to 1")
     place = np.minimum((scores * bins).astype(int), bins - 1)
     count = np.bincount(place, minlength=bins)
 

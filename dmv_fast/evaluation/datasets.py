@@ -198,12 +198,12 @@ def _all(name: str) -> bool:
 def read_otb(root: Path, keep: Keep = _all) -> list[Sequence]:
     """OTB-style folders at any depth: NAME/img/*.jpg and NAME/groundtruth_rect.txt, or one a target."""
     found = []
-    for folder, children, files in os.walk(root, followlinks=True):
+    for place, children, files in os.walk(root, followlinks=True):
         children.sort()
         annotations = sorted(f for f in files if re.fullmatch(r"groundtruth_rect.*\.txt", f))
         if annotations:
             children.clear()
-            found.append((Path(folder), annotations))
+            found.append((Path(place), annotations))
     names = Counter(folder.name for folder, _ in found)
     sequences = []
     for folder, annotations in found:

@@ -107,7 +107,7 @@ def score_sequence(boxes: np.ndarray, truth: np.ndarray, bound: tuple[int, int] 
     """
     boxes, truth = np.asarray(boxes, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     if boxes.shape != truth.shape or truth.ndim != 2 or truth.shape[1] != 4:
-        raise ValueError(f"boxes have shape {boxes.shape}, truth {truth.shape}; both should be (n, 4)")
+        raise ValueError(f"boxes have shape {boxes.shape}, truth {truth.shape}; both must be (n, 4)")
     known = ~np.isnan(truth).any(axis=1)
     boxes, truth = boxes[known], truth[known]
     if len(truth) < 2:  # the given box alone measures nothing

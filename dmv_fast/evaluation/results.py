@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -27,6 +27,8 @@ from dmv_fast.evaluation.metrics import (
     mean_score,
     score_sequence,
 )
+
+Value = TypeVar("Value")
 
 TABLE_NOTE = """\
 AUC, P20, NP (normalised precision, mean over 0..0.5): last row is the mean over sequences.
@@ -126,7 +128,7 @@ class Results:
         """The table that is printed."""
         head = ("sequence", "frames", "AUC", "P20", "NP", "AO", "SR.50", "SR.75", "FPS", "1/t", "read")
         keys = ("auc", "precision_20px", "norm_precision", "ao", "sr_0.50", "sr_0.75")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for row in self.rows():
             figures = [_cell(row[key], 3) for key in keys] + [_cell(row[key], 1) for key in Speed._fields]
             lines.append((str(row["sequence"]), str(row["frames"]), *figures))
@@ -165,10 +167,10 @@ class Results:
 
 
 def _cell(value: object, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+    return f"{value:.{digits}f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
 
 
-def _finite(value: object) -> object:
+def _finite(value: Value) -> Value | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -57,12 +57,9 @@ def evaluate(
     sequences = list(sequences)
     _check_names(sequences)
     out = None if out is None else Path(out)
-    label = getattr(tracker_factory, "label", None) or getattr(tracker_factory, "__name__", "tracker")
+    label: str = getattr(tracker_factory, "label", "") or getattr(tracker_factory, "__name__", "tracker")
     settings = tracker_factory.settings() if hasattr(tracker_factory, "settings") else {"tracker": label}
-    runs: dict[str, Run] = {}
-    if out is not None and resume:
-        saved = {sequence.name: load_run(out, sequence, settings) for sequence in sequences}
-        runs = {name: run for name, run in saved.items() if run is not None}
+    runs = {} if out is None or not resume else _saved(out, sequences, settings)
     pending = [sequence for sequence in sequences if sequence.name not in runs]
     failed: dict[str, Exception] = {}
     if progress and runs:
@@ -89,6 +86,12 @@ def evaluate(
     return results
 
 
+def _saved(out: Path, sequences: list[Sequence], settings: dict[str, object]) -> dict[str, Run]:
+    """What `out` already has, by the names of the sequences."""
+    saved = {sequence.name: load_run(out, sequence, settings) for sequence in sequences}
+    return {name: run for name, run in saved.items() if run is not None}
+
+
 def _as_one(failed: dict[str, Exception]) -> Exception:
     (name, error), *others = failed.items()
     if not others and not isinstance(error, WorkerDied):  # all other errors name their sequence
@@ -112,7 +115,7 @@ def _report(sequence: Sequence, results: Results) -> None:
     tqdm.write(f"{sequence.name}: {len(sequence)} frames  {figures}", file=sys.stderr)
 
 
-def track_sequence(tracker: Tracker, sequence: Sequence, on_frame: Callable[[], None] = lambda: None) -> Run:
+def track_sequence(tracker: Tracker, sequence: Sequence, on_frame: Tick = lambda: None) -> Run:
     """One pass of a tracker over a sequence -> Run. on_frame: called after each frame; may raise to stop."""
     n, start = len(sequence), sequence.start
     boxes, seconds, scores = np.full((n, 4), np.nan), np.full(n, np.nan), np.full(n, np.nan)

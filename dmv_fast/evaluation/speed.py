@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -35,6 +35,8 @@ from dmv_fast.runtime.precision import without_auto
 from dmv_fast.tracker import FastDMVTracker, TrackerConfig
 from dmv_fast.vision.crop import search_window
 from dmv_fast.weights import save_model
+
+Result = TypeVar("Result")
 
 CANDIDATES = (1, 2, 4, 8, 16, 32)
 PAPER_FPS = dict(zip(CANDIDATES, (87, 82, 79, 72, 61, 44), strict=True))  # DMV18 on a TITAN X, table 4
@@ -85,6 +87,12 @@ class Row:
     """None: not our tracker."""
     taken: list[Taken]
 
+    @property
+    def ours(self) -> Setting:
+        """The setting of a row that our tracker has."""
+        assert self.setting is not None, "a row of another tracker"
+        return self.setting
+
     def percentile(self, q: float) -> float:
         """The clock time that q percent of the frames do not exceed, ms."""
         return float(np.percentile([t.clock for t in self.taken], q))
@@ -97,7 +105,7 @@ class Row:
     @property
     def paper_fps(self) -> int | None:
         """What the paper reports of this K on a TITAN X; None in other sections."""
-        return PAPER_FPS[self.setting.k] if self.section == "k" else None
+        return PAPER_FPS[self.ours.k] if self.section == "k" else None
 
     @property
     def fps(self) -> float:
@@ -158,7 +166,7 @@ class Peak(NamedTuple):
     """The most that PyTorch held on the GPU; 0 without one."""
 
 
-class Run(Protocol):
+class Timed(Protocol):
     """What is timed: `prepare` is not, calling it is. Both are told how often they were called before."""
 
     def prepare(self, i: int) -> None: ...
@@ -257,7 +265,7 @@ class Bench:
 
     def peers(self) -> None:
         """OpenCV's trackers beside ours, each following the target through the clip."""
-        runs: dict[str, Run] = {"dmv": Follow(self._tracker(self.base), self.clip)}
+        runs: dict[str, Timed] = {"dmv": Follow(self._tracker(self.base), self.clip)}
         for kind in OPENCV_TRACKERS:
             try:
                 runs[f"opencv {kind}"] = Follow(OpenCVFactory(kind, self._nano_dir)(), self.clip)
@@ -342,7 +350,7 @@ class Bench:
         for name, times in self._in_turns(runs).items():
             self._add(section, name, settings[name], times)
 
-    def _in_turns(self, runs: Mapping[str, Run]) -> dict[str, list[Taken]]:
+    def _in_turns(self, runs: Mapping[str, Timed]) -> dict[str, list[Taken]]:
         times: dict[str, list[Taken]] = {name: [] for name in runs}
         for i in range(_WARM_UP + self.frames):
             for name, run in runs.items():
@@ -381,9 +389,10 @@ class Bench:
     def _fill(self, tracker: FastDMVTracker | MultiTracker, frames: int) -> None:
         """Remember every frame until the memory is full, then none; no box moves, no search goes about."""
         places = len(tracker) if isinstance(tracker, MultiTracker) else 1
-        stay = {"found_score": _NOT_FOUND, "refound_score": _NOT_FOUND, "search_home": 1}
         never = MemoryPolicy(interval=1, threshold=_NOT_FOUND)
-        tracker.config = replace(tracker.config, policy=never, **stay)
+        tracker.config = replace(
+            tracker.config, policy=never, found_score=_NOT_FOUND, refound_score=_NOT_FOUND, search_home=1
+        )
         for i in range(1, frames):
             tracker.track(self.clip.frames[(i - 1) % len(self.clip.frames)])
             for place in range(places):  # past the tracker, which remembers nothing that it has not found
@@ -403,8 +412,8 @@ def stage_times(step: FrameStep, clip: Clip, frames: int) -> dict[str, list[Take
     sizes = torch.tensor(window.to_crop(clip.box)[None, 2:], dtype=torch.float32, device=network.device)
     times: dict[str, list[Taken]] = {}
 
-    def timed(name: str, work: Callable, *args):
-        def finished():
+    def timed(name: str, work: Callable[..., Result], *args: object) -> Result:
+        def finished() -> Result:
             result = work(*args)
             if network.device.type == "cuda":
                 torch.cuda.synchronize(network.device)
@@ -444,7 +453,7 @@ def peak_of(name: str, setting: Setting, threads: int) -> Peak:
     return Peak(name, start, peak_memory_mb(), device)
 
 
-def _take(work: Callable, *args) -> tuple[object, Taken]:
+def _take(work: Callable[..., Result], *args: object) -> tuple[Result, Taken]:
     clock, processor = time.perf_counter(), time.process_time()
     result = work(*args)
     return result, Taken((time.perf_counter() - clock) * 1e3, (time.process_time() - processor) * 1e3)

@@ -12,13 +12,18 @@ import subprocess
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import torch
 
 from dmv_fast.evaluation.results import write_text
-from dmv_fast.evaluation.speed import Bench, Peak, Row, Setting
+from dmv_fast.evaluation.speed import PAPER_FPS, Bench, Peak, Row, Setting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _STAGES = ("crop", "backbone", "retrieve", "gather", "vote", "head", "box", "write")
 _COLUMNS = (
@@ -64,13 +69,12 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
     writer.writeheader()
     for row in rows:
         times = {f"p{q}_ms": f"{row.percentile(q):.3f}" for q in (50, 95, 99)}
-        record = {"section": row.section, "name": row.name, **times}
+        record: dict[str, object] = {"section": row.section, "name": row.name, **times}
         record |= {"best_ms": f"{row.percentile(0):.3f}", "processor_ms": f"{row.processor:.3f}"}
         record |= {"fps": f"{row.fps:.2f}", "frames": len(row.taken), "paper_fps": row.paper_fps or ""}
-        setting = dataclasses.asdict(row.setting) if row.setting else {}
-        if setting:
-            setting["weights"] = _name_of(row.setting)
-        writer.writerow(record | setting)
+        if row.setting is not None:
+            record |= dataclasses.asdict(row.setting) | {"weights": _name_of(row.setting)}
+        writer.writerow(record)
     write_text(path, stream.getvalue())
 
 
@@ -87,7 +91,7 @@ def markdown(bench: Bench, facts: dict[str, object]) -> str:
         paper = ["paper, TITAN X"] if section == "k" else []
         lines += _head([section, "p50", "p95", "p99", "best", "processor", "FPS", *paper])
         for row in rows:
-            name = f"{row.name}, {_name_of(row.setting)}" if section == "network" else row.name
+            name = f"{row.name}, {_name_of(row.ours)}" if section == "network" else row.name
             times = [f"{row.percentile(q):.2f}" for q in (50, 95, 99, 0)] + [f"{row.processor:.2f}"]
             lines.append(_line([name, *times, f"{row.fps:.1f}", *([str(row.paper_fps)] if paper else [])]))
     if bench.peaks:
@@ -146,20 +150,20 @@ def plot(rows: list[Row], out: Path) -> list[Path]:
     return written
 
 
-def _figure(title: str, width: float = 6.0, columns: int = 1):
+def _figure(title: str, width: float = 6.0, columns: int = 1) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 4), layout="constrained")
     figure.suptitle(title)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(1, columns, squeeze=False)[0].tolist()
 
 
-def _label(axes, xlabel: str, ylabel: str = "") -> None:
+def _label(axes: Axes, xlabel: str, ylabel: str = "") -> None:
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(True, color="0.9")
 
 
-def _save(figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
@@ -167,7 +171,7 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
-def _plot_percentiles(axes, x: list[int], rows: list[Row]) -> None:
+def _plot_percentiles(axes: Axes, x: list[int], rows: list[Row]) -> None:
     for label, q in (("median", 50), ("95th percentile", 95), ("99th percentile", 99)):
         axes.plot(x, [row.percentile(q) for row in rows], marker="o", label=label)
     axes.set_xscale("log", base=2)
@@ -178,7 +182,8 @@ def _plot_percentiles(axes, x: list[int], rows: list[Row]) -> None:
 def _plot_candidates(rows: list[Row], path: Path) -> Path:
     """Left the latency, the paper's on a TITAN X beside it; right how much of K = 1's rate is left."""
     figure, (left, right) = _figure("A frame against the candidates K", 10, 2)
-    k, paper = [row.setting.k for row in rows], [row.paper_fps for row in rows]
+    k = [row.ours.k for row in rows]
+    paper = [float(PAPER_FPS[of]) for of in k]
     _plot_percentiles(left, k, rows)
     left.plot(k, [1000 / fps for fps in paper], "k--", marker="s", label="paper, TITAN X")
     _label(left, "K", "ms a frame")
@@ -195,8 +200,8 @@ def _plot_candidates(rows: list[Row], path: Path) -> Path:
 
 
 def _plot_memory(rows: list[Row], path: Path) -> Path:
-    figure, axes = _figure("A frame against the memory")
-    _plot_percentiles(axes, [row.setting.memory for row in rows], rows)
+    figure, (axes,) = _figure("A frame against the memory")
+    _plot_percentiles(axes, [row.ours.memory for row in rows], rows)
     _label(axes, "frames remembered T", "ms a frame")
     axes.legend()
     return _save(figure, path)
@@ -204,7 +209,7 @@ def _plot_memory(rows: list[Row], path: Path) -> Path:
 
 def _plot_stages(rows: list[Row], path: Path) -> Path:
     """A bar a K, stage after stage; `write`, every 30th frame at most, is last and hatched."""
-    figure, axes = _figure("Where a frame's time goes, each stage waited for", 8)
+    figure, (axes,) = _figure("Where a frame's time goes, each stage waited for", 8)
     labels = sorted({row.name.split()[1] for row in rows}, key=lambda k: int(k[2:]), reverse=True)
     for label in labels:
         start = 0.0

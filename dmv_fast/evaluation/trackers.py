@@ -20,20 +20,31 @@ OPENCV_TRACKERS = {"csrt": "TrackerCSRT", "kcf": "TrackerKCF", "mil": "TrackerMI
 
 
 class Step(NamedTuple):
-    """One frame's answer, the part of TrackResult that the evaluation reads."""
+    """One frame's answer of a tracker that is not ours."""
 
     box: Box
     score: float
     found: bool
 
 
+class Answer(Protocol):
+    """What the evaluation reads of a frame's answer: a Step, or a TrackResult."""
+
+    @property
+    def box(self) -> Box: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def found(self) -> bool: ...
+
+
 class Tracker(Protocol):
     """What is evaluated: `init` starts it over, as often as it is called."""
 
-    def init(self, image: np.ndarray, bbox: Box) -> None:
+    def init(self, image: np.ndarray, bbox: Box, /) -> None:
         """image: HWC uint8 BGR; bbox: xywh in pixels."""
 
-    def track(self, image: np.ndarray) -> Step:
+    def track(self, image: np.ndarray, /) -> Answer:
         """The target in the next frame."""
 
 
@@ -97,22 +108,24 @@ class OpenCVTracker:
     def __init__(self, kind: str, params: object | None = None):
         self._create = getattr(cv2, OPENCV_TRACKERS[kind]).create
         self._args = () if params is None else (params,)
-        self._tracker = None
+        self._tracker: cv2.Tracker | None = None
         self._box: Box = (0.0, 0.0, 0.0, 0.0)
 
     def init(self, image: np.ndarray, bbox: Box) -> None:
         """Start over: a fresh cv2 tracker each time, since some of them refuse a second init."""
         _seed()
-        self._tracker = self._create(*self._args)
+        tracker = self._tracker = self._create(*self._args)
         x, y, w, h = (round(v) for v in bbox)
         self._box = (float(x), float(y), float(max(w, 1)), float(max(h, 1)))
-        self._tracker.init(image, (x, y, max(w, 1), max(h, 1)))
+        tracker.init(image, (x, y, max(w, 1), max(h, 1)))
 
     def track(self, image: np.ndarray) -> Step:
         """One update; score is NaN where OpenCV has none."""
+        assert self._tracker is not None, "track before init"
         found, box = self._tracker.update(image)
         if found:
-            self._box = tuple(float(v) for v in box)
+            x, y, w, h = (float(v) for v in box)
+            self._box = (x, y, w, h)
         score = self._tracker.getTrackingScore() if hasattr(self._tracker, "getTrackingScore") else -1.0
         return Step(self._box, score if score >= 0 else float("nan"), bool(found))
 
@@ -163,7 +176,7 @@ class OpenCVFactory:
             found = sorted(self.nano_dir.glob(f"*{part}*.onnx"))
             if len(found) != 1:
                 what = f"{len(found)} files *{part}*.onnx"
-                raise ValueError(f"nano-dir {self.nano_dir} holds {what}; it should hold one")
+                raise ValueError(f"nano-dir {self.nano_dir} holds {what}; it must hold one")
             files += found
         return files
 

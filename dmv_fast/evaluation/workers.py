@@ -22,7 +22,7 @@ from multiprocessing import connection, get_context
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-Tick = Callable[[], None]
+Tick = Callable[[], object]
 Work = Callable[[Any, Tick], Any]
 """work(item, tick) -> result. It calls tick after each frame. It must pickle, and be cheap to pickle."""
 
@@ -41,7 +41,7 @@ class WorkerDied(RuntimeError):
 class Failure:
     """What came of an item instead of a result."""
 
-    error: BaseException
+    error: Exception
 
 
 def hand_out(
@@ -318,8 +318,8 @@ def _connected(address: str) -> Iterator[Any]:
         yield ray
         return
     _check_address(address)
-    own = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    dashboard = False if address == "local" else None  # None is Ray's default
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
     try:
         yield ray
     finally:

@@ -71,8 +71,8 @@ class LiveWindow:
             if state != drawn_for or self._to_print:
                 cv2.imshow(TITLE, self._picture(shot))
                 drawn_for = state
-            key = cv2.waitKey(30 if self._paused else 1)
-            key = key & 0xFF if key >= 0 else None
+            code = cv2.waitKey(30 if self._paused else 1)
+            key = code & 0xFF if code >= 0 else None
             self.closed = key in _QUIT or cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
             if key == ord("r") and not self.closed:
                 return self._draw_another(shot.picture)
@@ -124,7 +124,7 @@ class LiveWindow:
         parts.append(self._curve.picture(width, self._watch.found_score))
         if self._inside:
             parts.append(memory_panel(insight, clicked, width))
-        if clicked is not None:
+        if insight and clicked is not None:
             parts.append(candidate_panel(insight.candidates(clicked), width))
         if self._to_print:
             _print_click(insight, clicked)
@@ -133,12 +133,14 @@ class LiveWindow:
 
     def _canvas(self, shot: _Shot, insight: Insight | None, clicked: int | None) -> np.ndarray:
         """The frame with its box, the score map where it is switched on, and the place that was clicked."""
-        scale, mapped = self._scale, self._inside and insight is not None
-        picture = lay_map(shot.picture, insight, scale) if mapped else shot.picture
+        scale = self._scale
+        picture = lay_map(shot.picture, insight, scale) if insight and self._inside else shot.picture
         canvas = draw_box(picture, shot.box, shot.score, found=shot.found)
-        if mapped:
+        if insight is None:
+            return canvas
+        if self._inside:
             draw_chosen(canvas, insight, scale)
-        if mapped or clicked is not None:
+        if self._inside or clicked is not None:
             draw_window(canvas, insight.window, scale)
         if clicked is not None:
             x, y = insight.centre(clicked)
@@ -171,7 +173,7 @@ class LiveWindow:
 
 
 def _print_click(insight: Insight | None, clicked: int | None) -> None:
-    if clicked is None:
+    if insight is None or clicked is None:
         _say("outside the search window" if insight else FIRST_FRAME)
         return
     x, y = insight.centre(clicked)
@@ -180,7 +182,7 @@ def _print_click(insight: Insight | None, clicked: int | None) -> None:
 
 
 def _describe(candidate: Candidate) -> str:
-    if candidate.memory is None:
+    if candidate.memory is None or candidate.place is None:
         return f"null {candidate.score:.3f}"
     x, y = candidate.place
     return f"frame {candidate.memory.frame} at {x:.0f},{y:.0f} {candidate.score:.3f}"

@@ -32,7 +32,7 @@ def heat(
     step = side / len(score_map)
     # Column i of the map is centred on i * step of the square; a plain resize has it on (i + 1/2) * step.
     first = [(start + 0.5 - v) / step for start, v in zip((left, top), corner, strict=True)]
-    shift = np.float32([[1 / step, 0, first[0]], [0, 1 / step, first[1]]])
+    shift = np.array([[1 / step, 0, first[0]], [0, 1 / step, first[1]]], np.float32)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     size = (right - left, bottom - top)
     fine = cv2.warpAffine(score_map, shift, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)

@@ -25,15 +25,15 @@ def candidate_panel(candidates: Sequence[Candidate], width: int) -> np.ndarray:
     tiles = [_candidate_tile(candidate) for candidate in candidates[: 2 * columns]]
     blank = np.full_like(tiles[0], GROUND)
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    rows = [np.hstack(row + [blank] * (columns - len(row))) for row in rows]
-    panel = np.full((len(rows) * blank.shape[0], width, 3), GROUND, np.uint8)
-    panel[:, : rows[0].shape[1]] = np.vstack(rows)[:, :width]
+    picture = np.vstack([np.hstack(row + [blank] * (columns - len(row))) for row in rows])[:, :width]
+    panel = np.full((len(picture), width, 3), GROUND, np.uint8)
+    panel[:, : picture.shape[1]] = picture
     return panel
 
 
 def _candidate_tile(candidate: Candidate) -> np.ndarray:
     memory, score = candidate.memory, candidate.score
-    if memory is None:
+    if memory is None or candidate.place is None:
         picture, name = np.full((_TILE, _TILE, 3), 60, np.uint8), "null" if score > 0 else "none"
     else:
         picture, name = fit(memory.crop, (_TILE, _TILE)), f"frame {memory.frame}"
@@ -43,8 +43,8 @@ def _candidate_tile(candidate: Candidate) -> np.ndarray:
 
 def _in_crop(candidate: Candidate, size: int) -> tuple[float, float]:
     """x, y of a candidate that is none of the null column, in its crop at `size` pixels."""
-    window = candidate.memory.window
-    x, y, _, _ = window.to_crop((*candidate.place, 0, 0), size)
+    assert candidate.memory is not None and candidate.place is not None
+    x, y, _, _ = candidate.memory.window.to_crop((*candidate.place, 0, 0), size)
     return x, y
 
 

@@ -88,9 +88,9 @@ class Recording:
             log("memory/sheet", _jpeg(_memory_sheet(insight.memory, insight.capacity)))
             self._sheet = insight.memory
         candidates = insight.candidates(insight.chosen)
-        real = [candidate for candidate in candidates if candidate.memory is not None]
-        places = [_on_sheet(held.index(id(c.memory)), c.memory, c.place) for c in real]
-        radii, labels = [3 + 12 * c.score**0.5 for c in real], [f"{c.score:.2f}" for c in real]
+        real = [(c.score, c.memory, c.place) for c in candidates if c.memory and c.place]
+        places = [_on_sheet(held.index(id(memory)), memory, place) for _, memory, place in real]
+        radii, labels = [3 + 12 * score**0.5 for score, *_ in real], [f"{score:.2f}" for score, *_ in real]
         marks = rr.Points2D(
             np.reshape(places, (-1, 2)), radii=radii, labels=labels, show_labels=False, colors=[_VOTE]
         )

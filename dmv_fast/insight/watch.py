@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from dmv_fast.vision.crop import Window, cut
 
 if TYPE_CHECKING:
-    from dmv_fast.runtime.frame import FrameStep
+    from dmv_fast.runtime.frame import FrameStep, Seen
     from dmv_fast.tracker import FastDMVTracker
 
 
@@ -118,7 +118,8 @@ class Watch:
         self._remembered: dict[int, Remembered] = {}  # by the tracker's own count, which starts at 0
         self._last: tuple[np.ndarray, Window, np.ndarray] | None = None  # frame, search window, answer (5,)
         self._matched: tuple[Tensor, Tensor, list[int]] | None = None  # scores, indices, frame of each slot
-        tracker.frame_step = _WatchedStep(self._step, self)
+        # What a _WatchedStep does not have it takes from the step, so it is one in all but its class.
+        tracker.frame_step = _WatchedStep(self._step, self)  # type: ignore[assignment]
 
     def look(self) -> Insight | None:
         """Inside the last tracked frame; None after `init`, which matches nothing."""
@@ -127,34 +128,38 @@ class Watch:
         _, window, answer = self._last
         scores, indices, frames = self._matched or self._match()
         locations = self._step.memory.locations
-        indices = indices.cpu().numpy()
-        none = indices < 0
+        rows = indices.cpu().numpy()
+        none = rows < 0
         score_map, chosen = self._score_map(answer)
         return Insight(
-            window, score_map, chosen, scores.cpu().numpy(), np.where(none, -1, indices // locations),
-            np.where(none, -1, indices % locations), tuple(self._remembered[frame] for frame in frames),
+            window, score_map, chosen, scores.cpu().numpy(), np.where(none, -1, rows // locations),
+            np.where(none, -1, rows % locations), tuple(self._remembered[frame] for frame in frames),
             self._step.memory.slots[0].capacity,
         )  # fmt: skip
 
     def _match(self) -> tuple[Tensor, Tensor, list[int]]:
         """scores and indices (M, K) of the last frame's candidates, and the frames that the slots hold."""
         step = self._step
-        slots, maps = step.memory.slots[0], step.seen.maps[:1]
+        slots, maps = step.memory.slots[0], self._seen().maps[:1]
         with torch.inference_mode():
             scores, indices = step.network.match(maps, step.memory.keys[:1], step.k, slots.valid)
         return scores[0], indices[0], [frame for frame in slots.frames if frame is not None]
 
     def _score_map(self, answer: np.ndarray) -> tuple[np.ndarray, int]:
         """The best anchor's score at each location (H, W), and the location that the answer came from."""
-        scores, deltas = self._step.seen.scores[:1], self._step.seen.deltas[:1]
+        seen = self._seen()
         with torch.inference_mode():
-            boxes = self._step.network.model.decode(deltas)[0].flatten(0, 2).double().cpu().numpy()
-            scores = scores[0].float().cpu().numpy()  # (A, H, W)
+            boxes = self._step.network.model.decode(seen.deltas[:1])[0].flatten(0, 2).double().cpu().numpy()
+            scores = seen.scores[0].float().cpu().numpy()  # (A, H, W)
         # Smoothing keeps the chosen box's centre, so score and centre tell which anchor it was.
         away = np.abs(boxes[:, :2] + boxes[:, 2:] / 2 - (answer[:2] + answer[2:4] / 2)).sum(1)
         away = np.where(scores.ravel() == np.float32(answer[4]), away, np.inf)
         score_map = scores.max(0)
         return score_map, int(away.argmin()) % score_map.size
+
+    def _seen(self) -> Seen:
+        assert self._step.seen is not None, "nothing is matched before a frame was tracked"
+        return self._step.seen
 
     # ---- what _WatchedStep tells ---------------------------------------------------------------------
 
@@ -167,6 +172,7 @@ class Watch:
         self._last, self._matched = (image, window, answer), None
 
     def _written(self, frame: int) -> None:
+        assert self._last is not None, "a frame is written after it was tracked"
         image, window, _ = self._last
         self._remembered[frame] = Remembered(self._started_at + frame, window, cut(image, window))
         held = {*self._step.memory.slots[0].frames, *(self._matched[2] if self._matched else ())}
@@ -196,5 +202,5 @@ class _WatchedStep:
             self._watch._written(frame)
         return written
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._step, name)

@@ -14,7 +14,7 @@ class _Stage(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    block: type[nn.Module]
+    block: type[BasicBlock] | type[BottleneckBlock]
     stages: tuple[_Stage, _Stage, _Stage, _Stage]
 
 
@@ -66,7 +66,7 @@ def _conv3x3(c_in: int, c_out: int, stride: int, dilation: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, stride, padding=dilation, dilation=dilation, bias=False)
 
 
-def _shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
+def _shortcut(c_in: int, c_out: int, stride: int) -> nn.Identity | nn.Sequential:
     if stride == 1 and c_in == c_out:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
@@ -127,9 +127,12 @@ class Backbone(nn.Module):
 
     def _start_layer4_as_projection(self) -> None:
         """layer4 has no pretrained weights: with its residual branches silent it passes layer3 on."""
-        for block in self.layer4:
+        blocks = blocks_of(self.layer4)
+        for block in blocks:
             nn.init.zeros_(getattr(block, block.last_norm).weight)
-        nn.init.orthogonal_(self.layer4[0].downsample[0].weight, gain=2**0.5)
+        shortcut = blocks[0].downsample
+        assert isinstance(shortcut, nn.Sequential), "layer4 is wider than layer3"
+        nn.init.orthogonal_(conv_and_norm(shortcut, 0)[0].weight, gain=2**0.5)
 
     def stem(self, crops: Tensor) -> Tensor:
         """conv1 to layer3, the part with pretrained weights: (B, 3, 256, 256) -> (B, C3, 32, 32)."""
@@ -151,7 +154,24 @@ class Backbone(nn.Module):
 def _stage(plan: _Plan, index: int, c_in: int, *, stride: int, dilation: int = 1) -> nn.Sequential:
     """One ResNet stage. dilation > 1: its stride was removed at the first block's first convolution."""
     blocks, width = plan.stages[index]
-    layers = [plan.block(c_in, width, stride, 1, dilation)]
+    layers: list[nn.Module] = [plan.block(c_in, width, stride, 1, dilation)]
     c_out = width * plan.block.expansion
     layers += [plan.block(c_out, width, 1, dilation, dilation) for _ in range(blocks - 1)]
     return nn.Sequential(*layers)
+
+
+# nn.Sequential knows its parts as modules alone; these two say what they are.
+
+
+def blocks_of(stage: nn.Sequential) -> list[BasicBlock | BottleneckBlock]:
+    """The residual blocks of a stage."""
+    blocks = [block for block in stage if isinstance(block, BasicBlock | BottleneckBlock)]
+    assert len(blocks) == len(stage)
+    return blocks
+
+
+def conv_and_norm(layers: nn.Sequential, at: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """The convolution at a place of a shortcut or a bottleneck, and the batch norm behind it."""
+    conv, norm = layers[at], layers[at + 1]
+    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    return conv, norm

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dmv_fast.model.backbone import Backbone
 from dmv_fast.model.head import BoxHead
 from dmv_fast.model.memory import ValueEncoder
-from dmv_fast.model.retrieval import MemoryRead, Similarity, SoftmaxRead
+from dmv_fast.model.retrieval import MemoryRead, SoftmaxRead
 from dmv_fast.model.voting import CandidateMlp, VotingNet
 from dmv_fast.vision import boxes
 from dmv_fast.vision.crop import CROP_SIZE
@@ -127,7 +127,7 @@ class DMV(nn.Module):
         return boxes.decode(deltas.movedim(2, -1), self.anchors)
 
 
-def _read(config: DMVConfig) -> Similarity:
+def _read(config: DMVConfig) -> MemoryRead | SoftmaxRead:
     """The memory read that a configuration asks for."""
     if config.reader == "softmax":
         return SoftmaxRead(config.value_dim, config.similarity)

@@ -19,9 +19,9 @@ class BoxHead(nn.Module):
     def __init__(self, key_dim: int, value_dim: int, anchors: int, width: int = 128):
         super().__init__()
         self.anchors = anchors
-        self.centre = _branch(key_dim + value_dim, width, anchors)
+        start = math.log(self.prior / (1 - self.prior))
+        self.centre = _branch(key_dim + value_dim, width, anchors, start=start)
         self.box = _branch(key_dim + value_dim, width, 4 * anchors)
-        nn.init.constant_(self.centre[-1].bias, math.log(self.prior / (1 - self.prior)))
 
     def forward(self, features: Tensor, retrieved: Tensor) -> tuple[Tensor, Tensor]:
         """features (B, D, H, W), retrieved (B, M, V) -> logits (B, A, H, W), deltas (B, A, 4, H, W)."""
@@ -30,10 +30,11 @@ class BoxHead(nn.Module):
         return self.centre(x), self.box(x).unflatten(1, (self.anchors, 4))
 
 
-def _branch(c_in: int, width: int, c_out: int) -> nn.Sequential:
+def _branch(c_in: int, width: int, c_out: int, *, start: float = 0.0) -> nn.Sequential:
     last = nn.Conv2d(width, c_out, 1)
+    assert last.bias is not None, "a convolution has one unless told otherwise"
     nn.init.normal_(last.weight, std=0.01)
-    nn.init.zeros_(last.bias)
+    nn.init.constant_(last.bias, start)
     return nn.Sequential(
         nn.Conv2d(c_in, width, 3, padding=1),
         nn.ReLU(),

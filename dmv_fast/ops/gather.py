@@ -90,9 +90,9 @@ torch.library.register_autograd("dmv_fast::gather_candidates", _backward, setup_
 
 def _check(values: Tensor, null_value: Tensor, query_part: Tensor, indices: Tensor, scores: Tensor) -> None:
     if values.dim() != 3:
-        raise ValueError(f"values: has shape {tuple(values.shape)}, it should be (B, N, C)")
+        raise ValueError(f"values: has shape {tuple(values.shape)}, it must be (B, N, C)")
     if indices.dim() != 3:
-        raise ValueError(f"indices: has shape {tuple(indices.shape)}, it should be (B, M, K)")
+        raise ValueError(f"indices: has shape {tuple(indices.shape)}, it must be (B, M, K)")
     B, _, C = values.shape
     M = indices.shape[1]
     for name, tensor, shape in (
@@ -102,7 +102,7 @@ def _check(values: Tensor, null_value: Tensor, query_part: Tensor, indices: Tens
         ("scores", scores, tuple(indices.shape)),
     ):
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, it should be {shape}")
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, it must be {shape}")
     for name, tensor, dtype in (
         ("null_value", null_value, values.dtype),
         ("query_part", query_part, values.dtype),
@@ -110,9 +110,9 @@ def _check(values: Tensor, null_value: Tensor, query_part: Tensor, indices: Tens
         ("scores", scores, torch.float32),
     ):
         if tensor.dtype != dtype:
-            raise ValueError(f"{name}: is {tensor.dtype}, it should be {dtype}")
+            raise ValueError(f"{name}: is {tensor.dtype}, it must be {dtype}")
         if tensor.device != values.device:
-            raise ValueError(f"{name}: is on {tensor.device}, it should be on {values.device} as values is")
+            raise ValueError(f"{name}: is on {tensor.device}, it must be on {values.device} as values is")
 
 
 def gather_candidates(
@@ -139,7 +139,7 @@ def gather_candidates(
         rows: (B, M, K, C), dtype of values. Differentiable in everything but indices.
 
     Raises:
-        ValueError: naming the argument, what it is and what it should be (shapes, dtypes, devices, backend).
+        ValueError: naming the argument, what it is and what it must be (shapes, dtypes, devices, backend).
         RuntimeError: backend "cpu" only: an index outside -1..N-1. The others do not look: it is the caller's
             promise, as checking would wait for the device.
     """

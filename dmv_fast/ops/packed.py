@@ -126,7 +126,7 @@ def retrieve_packed(
     check_backend("cpu", query.device.type)
     if isinstance(valid, int):
         if not 0 <= valid <= keys.shape[1]:
-            raise ValueError(f"valid: is {valid}, it should be 0..{keys.shape[1]}, the number of keys")
+            raise ValueError(f"valid: is {valid}, it must be 0..{keys.shape[1]}, the number of keys")
         keys, valid = keys[:, :valid], None
     if keys.shape[1] == 0:
         return retrieve_packed_reference(query, keys, k, valid)

@@ -54,7 +54,7 @@ def _run(query: Tensor, keys: Tensor, k: int, valid: Tensor | None, backend: str
     if valid is not None and device_type == "cpu":  # reading it on another device would wait for that device
         counts = valid.tolist()
         if not all(0 <= n <= keys.shape[1] for n in counts):
-            raise ValueError(f"valid: holds {counts}, it should lie in 0..{keys.shape[1]}, as there are keys")
+            raise ValueError(f"valid: holds {counts}, it must lie in 0..{keys.shape[1]}, as there are keys")
     if backend == "reference" or keys.shape[1] == 0:
         return retrieve_reference(query, keys, k, valid)
     query, keys = with_contiguous_rows(query), with_contiguous_rows(keys)
@@ -109,29 +109,29 @@ def _check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None) -> N
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: is a {type(tensor).__name__}, it must be a Tensor of shape {shape}")
         if tensor.dim() != 3:
-            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, it should be {shape}")
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, it must be {shape}")
     B, _, D = query.shape
     if keys.shape[0] != B or keys.shape[2] != D:
         shape = f"({B}, N, {D})"
-        raise ValueError(f"keys: has shape {tuple(keys.shape)}, it should be {shape} as query says")
+        raise ValueError(f"keys: has shape {tuple(keys.shape)}, it must be {shape} as query says")
     if not 1 <= D <= MAX_D:
-        raise ValueError(f"query: has shape {tuple(query.shape)}, its last dimension should be 1..{MAX_D}")
+        raise ValueError(f"query: has shape {tuple(query.shape)}, its last dimension must be 1..{MAX_D}")
     if query.dtype not in DTYPES:
-        raise ValueError(f"query: is {query.dtype}, it should be float32, bfloat16 or float16")
+        raise ValueError(f"query: is {query.dtype}, it must be float32, bfloat16 or float16")
     if keys.dtype != query.dtype:
-        raise ValueError(f"keys: is {keys.dtype}, it should be {query.dtype} as query is")
+        raise ValueError(f"keys: is {keys.dtype}, it must be {query.dtype} as query is")
     if keys.device != query.device:
-        raise ValueError(f"keys: is on {keys.device}, it should be on {query.device} as query is")
+        raise ValueError(f"keys: is on {keys.device}, it must be on {query.device} as query is")
     if not 1 <= k <= MAX_K:
-        raise ValueError(f"k: is {k}, it should be 1..{MAX_K}")
+        raise ValueError(f"k: is {k}, it must be 1..{MAX_K}")
     if isinstance(valid, int) and not 0 <= valid <= keys.shape[1]:
-        raise ValueError(f"valid: is {valid}, it should be 0..{keys.shape[1]}, the number of keys")
+        raise ValueError(f"valid: is {valid}, it must be 0..{keys.shape[1]}, the number of keys")
     if isinstance(valid, Tensor):
         if valid.dtype != torch.int32 or valid.shape != (B,):
             found = f"{valid.dtype} of shape {tuple(valid.shape)}"
-            raise ValueError(f"valid: is {found}, it should be torch.int32 of shape ({B},)")
+            raise ValueError(f"valid: is {found}, it must be torch.int32 of shape ({B},)")
         if valid.device != query.device:
-            raise ValueError(f"valid: is on {valid.device}, it should be on {query.device} as query is")
+            raise ValueError(f"valid: is on {valid.device}, it must be on {query.device} as query is")
 
 
 def _whole(name: str, number: int) -> int:
@@ -174,7 +174,7 @@ def retrieve(
     ``_backward``.
 
     Raises:
-        ValueError: naming the argument, what it is and what it should be.
+        ValueError: naming the argument, what it is and what it must be.
     """
     k = _whole("k", k)
     if valid is not None and not isinstance(valid, Tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
 import cv2
@@ -71,7 +71,7 @@ def _longest_run(flags: np.ndarray) -> int | None:
     return int(begins[np.argmax(ends - begins)]) if len(begins) else None
 
 
-def _frames(sequence: datasets.Sequence, chosen: Sequence[int]):
+def _frames(sequence: datasets.Sequence, chosen: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
     """(number, image) of the chosen frames; of a folder of images no other is read."""
     if isinstance(sequence.frames, tuple):
         for i in chosen:
@@ -105,7 +105,7 @@ def _picture(image: np.ndarray, truth: np.ndarray, box: np.ndarray, caption: str
         for kind, (x, y, w, h) in (("truth", truth), ("predicted", box))
         if np.isfinite((x, y, w, h)).all() and w > 0 and h > 0
     )
-    source = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+    source = f"data:image/jpeg;base64,{base64.b64encode(data.tobytes()).decode()}"
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(caption)}">'
         f'<image href="{source}" width="{_WIDTH}" height="{_HEIGHT}"/>{drawn}</svg>'

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_UNKNOWN = "–"
 
 
 def read_json(path: Path) -> dict:
@@ -105,10 +106,10 @@ def bars(rows: Iterable[tuple[str, float]]) -> str:
     return f'<ol class="bars">{"".join(items)}</ol>'
 
 
-def cell(value: object, digits: int | None) -> str:
+def cell(value: str | float | None, digits: int | None) -> str:
     """A value as the table shows it; a dash for what was not measured."""
     if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
+        return _UNKNOWN
     return str(value) if digits is None else f"{float(value):,.{digits}f}"
 
 
@@ -126,9 +127,10 @@ def _row(columns: Sequence[Column], row: Mapping) -> str:
         tag, scope = ("th", ' scope="row"') if i == 0 else ("td", "")
         kind = ""
         if column.digits is not None:
-            known = shown != "–"
-            key = f' data-value="{float(value)!r}"' if known else ""
-            bar = f' style="--share:{float(value):.3f}"' if column.bar and known else ""
+            key = bar = ""
+            if value is not None and shown != _UNKNOWN:
+                key = f' data-value="{float(value)!r}"'
+                bar = f' style="--share:{float(value):.3f}"' if column.bar else ""
             kind = f' class="number{" bar" if bar else ""}"{key}{bar}'
         cells.append(f"<{tag}{scope}{kind}>{shown}</{tag}>")
     return f"<tr>{''.join(cells)}</tr>"

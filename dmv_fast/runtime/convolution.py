@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,16 @@ from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.fold import norm_line, scaled
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of typing from Python 3.11 on
+
+
+class Where(TypedDict):
+    """What every layer is told of where it runs."""
+
+    dtype: torch.dtype
+    device: torch.device
 
 
 @functools.cache
@@ -50,7 +61,9 @@ class Convolution:
     ):  # fmt: skip
         gpu = hardware.on_gpu(device)
         self._geometry = ([padding] * 2, [stride] * 2, [dilation] * 2, groups)
-        self._relu, self._kernel = relu, weight.shape[2]
+        self._relu, self._kernel, self._c_out = relu, weight.shape[2], len(weight)
+        self._wide_bias: Tensor | None
+        self._pays: dict[torch.Size, bool] = {}
         on_cpu = not gpu and device.type == "cpu"
         if on_cpu and _suits_amx(weight, groups, dtype, split):
             self._run, self._weight = self._amx, _amx_tiles(weight, split)
@@ -69,18 +82,23 @@ class Convolution:
         self._wide_bias = None if bias is None else bias.to(device, torch.float32)
         self._run = self._plain
         if gpu and dtype != torch.float32:
-            self._run, self._pays = self._cudnn_if_it_pays, {}
+            self._run = self._cudnn_if_it_pays
         elif on_cpu and onednn_packs_weights():
             pack = torch.ops.mkldnn._reorder_convolution_weight.default
             size = [1, weight.shape[1] * groups, 32, 32]  # a hint; any size gave the same layout
             self._run, self._weight = self._onednn, pack(self._weight, *self._geometry, size)
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, *, relu: bool, **where) -> Convolution:
-        """The layers of the reference network, folded. where: dtype and device."""
+    def of(
+        cls, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, *, relu: bool, split: bool = False,
+        **where: Unpack[Where],
+    ) -> Convolution:  # fmt: skip
+        """The layers of the reference network, folded."""
         scale, bias = (None, conv.bias) if norm is None else norm_line(norm)
-        geometry = {"stride": conv.stride[0], "padding": conv.padding[0], "dilation": conv.dilation[0]}
-        return cls(conv.weight, bias, scale=scale, relu=relu, groups=conv.groups, **geometry, **where)
+        return cls(
+            conv.weight, bias, scale=scale, relu=relu, stride=conv.stride[0], padding=padding_of(conv),
+            dilation=conv.dilation[0], groups=conv.groups, split=split, **where,
+        )  # fmt: skip
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         return self._run(x, onto)
@@ -110,7 +128,7 @@ class Convolution:
         if onto is not None:
             return x, onto.permute(0, 2, 3, 1).contiguous()
         size = ((length + 2 * padding - reach - 1) // stride + 1 for length in x.shape[1:3])
-        return x, x.new_empty(len(x), *size, len(self._wide_bias))
+        return x, x.new_empty(len(x), *size, self._c_out)
 
     def _onednn(self, x: Tensor, onto: Tensor | None) -> Tensor:
         if onto is not None:
@@ -164,6 +182,12 @@ class Convolution:
         if onto is not None:
             return y.add_(onto).relu_()
         return y.relu_() if self._relu else y
+
+
+def padding_of(conv: nn.Conv2d) -> int:
+    """Of a square convolution whose padding is a number and not a rule."""
+    assert not isinstance(conv.padding, str)
+    return conv.padding[0]
 
 
 @contextlib.contextmanager

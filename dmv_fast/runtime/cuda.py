@@ -8,6 +8,7 @@ import functools
 import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from dmv_fast.runtime.network import FastNetwork
 from dmv_fast.runtime.pixels import GPU_CHANNELS
 from dmv_fast.runtime.surroundings import inference
 from dmv_fast.vision.crop import CROP_SIZE, MEAN, Window, cut, mean_colour
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 _LARGEST = 1024  # side of a window that goes up whole, 3 MB; of a larger one, what is left at 256 x 256
 _MOST = 24 << 20  # bytes of all windows of a frame; those that do not fit go up at 256 x 256, too
@@ -41,6 +45,9 @@ class CudaFrameStep(FrameStep):
     ring, `_order` (which place is remembered in which slot), `_maps`, `_scores` and `_deltas` (what was seen)
     and `_answer`. It runs on the caller's current stream. The first `start` compiles and records.
     """
+
+    network: FastNetwork
+    _pool: _POOL_HANDLE | None  # of the graphs: they never run at the same time and leave nothing in it
 
     def __init__(self, network: FastNetwork, *, k: int, capacity: int, pick: PickConfig, targets: int = 1):
         self._fused = hardware.triton_runs(network.device)
@@ -67,8 +74,8 @@ class CudaFrameStep(FrameStep):
         self._order = torch.zeros(3, dtype=torch.int64, device=device)
         self._steps: dict[int, Callable[[], None]] = {}
         self._write: Callable[[], None] | None = None
-        self._written: object = None  # an event behind the last write
-        self._pool = None  # of the graphs: they never run at the same time and leave nothing in it
+        self._written: torch.cuda.Event | None = None  # behind the last write
+        self._pool = None
 
     def crops(self, image: np.ndarray, windows: Sequence[Window]) -> Tensor:
         """The windows' pixels on the device, as the network takes them; good until the next crops or step."""
@@ -140,6 +147,7 @@ class CudaFrameStep(FrameStep):
             choose(*prediction, anchors, self._window, sizes, self.pick, *out)
         else:
             self._answer[:n] = super().choose(maps, prediction, sizes)
+            assert self.seen is not None, "the choice has just set it"
             self._scores[:n], self._deltas[:n] = self.seen.scores, self.seen.deltas
         if maps.data_ptr() != self._maps.data_ptr():
             self._maps[:n] = maps
@@ -238,7 +246,7 @@ class CudaFrameStep(FrameStep):
             return record(work, self.network.device, self._pool)
 
 
-def record(work: Callable[[], None], device: torch.device, pool: object) -> Callable[[], None]:
+def record(work: Callable[[], None], device: torch.device, pool: _POOL_HANDLE) -> Callable[[], None]:
     """work as one CUDA graph: calling what is returned does it again, on whatever its buffers hold then."""
     stream, outer = _capture_stream(device), torch.cuda.current_stream(device)
     graph = torch.cuda.CUDAGraph()
@@ -274,7 +282,7 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _new_pool() -> object:
+def _new_pool() -> _POOL_HANDLE:
     return torch.cuda.graph_pool_handle()
 
 

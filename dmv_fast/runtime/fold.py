@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dmv_fast.model.retrieval import MemoryRead
+from dmv_fast.model.retrieval import MemoryRead, SoftmaxRead
 from dmv_fast.model.voting import VotingNet
 
 
 def norm_line(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """A batch norm as x * scale + bias: two of (C,), the scale still in float64."""
+    assert norm.running_mean is not None and norm.running_var is not None, "ours all keep statistics"
     scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
     bias = norm.bias.double() - norm.running_mean.double() * scale
     return scale, bias.float()
@@ -77,9 +78,10 @@ class VoteWeights(NamedTuple):
         return self.mix.shape[1] // self.mix.shape[0] - 1
 
 
-def fold_vote(read: MemoryRead) -> VoteWeights:
-    """The weights of a memory read, multiplied together as far as they go."""
-    net: VotingNet = read.voting
+def fold_vote(read: MemoryRead | SoftmaxRead) -> VoteWeights:
+    """The weights of a memory read that votes, multiplied together as far as they go."""
+    assert isinstance(read, MemoryRead) and isinstance(read.voting, VotingNet), "the other readers stay plain"
+    net = read.voting
     value_in = net.value_in.weight.double()
     scale = math.log2(math.e) / math.sqrt(net.head_dim)
     width = value_in.shape[0]
@@ -89,17 +91,21 @@ def fold_vote(read: MemoryRead) -> VoteWeights:
     heard = torch.einsum("oc,chv,hvi->ohi", on_message, message, to_v).flatten(1)
     mix = torch.cat([heard, on_itself], 1)
     out = net.out.weight.double()
-    weights = (
-        value_in,
-        value_in @ read.null_value.double(),
-        net.query_in.weight,
-        net.query_in.bias,
-        net.to_q.weight.double() * scale,
-        net.to_q.bias.double() * scale,
-        net.to_k.weight,
-        mix - mix.mean(0),
-        net.merge.bias.double() - net.merge.bias.double().mean(),
-        out * net.norm.weight.double(),
-        out @ net.norm.bias.double() + net.out.bias.double(),
+
+    def stored(weight: Tensor) -> Tensor:
+        return weight.detach().float().contiguous()
+
+    return VoteWeights(
+        value_in=stored(value_in),
+        null=stored(value_in @ read.null_value.double()),
+        query_in=stored(net.query_in.weight),
+        query_bias=stored(net.query_in.bias),
+        to_q=stored(net.to_q.weight.double() * scale),
+        q_bias=stored(net.to_q.bias.double() * scale),
+        to_k=stored(net.to_k.weight),
+        mix=stored(mix - mix.mean(0)),
+        mix_bias=stored(net.merge.bias.double() - net.merge.bias.double().mean()),
+        out=stored(out * net.norm.weight.double()),
+        out_bias=stored(out @ net.norm.bias.double() + net.out.bias.double()),
+        epsilon=net.norm.eps,
     )
-    return VoteWeights(*(w.detach().float().contiguous() for w in weights), epsilon=net.norm.eps)

@@ -74,8 +74,8 @@ class FrameStep:
         -> (n, 5) float64: the chosen box xywh in crop pixels, and its score.
         """
         with inference(self.network.device):
-            sizes = torch.tensor(sizes, dtype=torch.float32, device=self.network.device)
-            return self._forward(self.crops(image, windows), sizes).double().cpu().numpy()
+            expected = torch.tensor(sizes, dtype=torch.float32, device=self.network.device)
+            return self._forward(self.crops(image, windows), expected).double().cpu().numpy()
 
     def write(self, target: int, frame: int) -> bool:
         """Remember the last step's frame, as it was seen and predicted; False where the memory refuses it."""

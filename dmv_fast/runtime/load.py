@@ -52,7 +52,7 @@ def load_network(weights: str, device: torch.device, dtype: str, backend: str) -
 def _load(
     weights: str, _version: tuple[int, ...], _isa: str | None, device: torch.device, precision: Precision,
     backend: str,
-) -> Network:
+) -> Network:  # fmt: skip
     # _version: a checkpoint that training has replaced is another network; _isa: weights and keys lie as the
     # instruction set that DMV_FAST_CPU_ISA names wants them
     model = load_model(weights, device=device)
@@ -69,10 +69,11 @@ def make_frame_step(
     network: Network, *, k: int, capacity: int, pick: PickConfig, targets: int = 1
 ) -> FrameStep:
     """The FrameStep that is fastest for a network where it is. Arguments: FrameStep's."""
-    kind = FrameStep
     if hardware.on_gpu(network.device) and isinstance(network, FastNetwork):
-        from dmv_fast.runtime.cuda import CudaFrameStep as kind
-    return kind(network, k=k, capacity=capacity, pick=pick, targets=targets)
+        from dmv_fast.runtime.cuda import CudaFrameStep
+
+        return CudaFrameStep(network, k=k, capacity=capacity, pick=pick, targets=targets)
+    return FrameStep(network, k=k, capacity=capacity, pick=pick, targets=targets)
 
 
 def frame_step_for(
@@ -92,7 +93,7 @@ def frame_step_for(
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto", "cpu", "cuda", "cuda:1" ... as a device that is there; else ValueError."""
+    """The device of "auto", "cpu", "cuda", "cuda:1" ... where it is there; else ValueError."""
     if name == "auto":
         return (
             torch.device("cuda", torch.cuda.current_device())

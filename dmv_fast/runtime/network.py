@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,15 @@ from dmv_fast.model.dmv import DMV, Prediction
 from dmv_fast.model.head import BoxHead
 from dmv_fast.model.memory import ValueEncoder
 from dmv_fast.ops.packed import pack_keys, packed_width, retrieve_packed, screening_runs, tiles_run
-from dmv_fast.runtime.convolution import Convolution, run_chain
+from dmv_fast.runtime.convolution import Convolution, Where, padding_of, run_chain
 from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.rows import Projection, with_length
 from dmv_fast.runtime.trunk import Trunk
 from dmv_fast.runtime.vote import fused_vote
 from dmv_fast.vision.crop import normalise
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Network(Protocol):
@@ -88,15 +91,15 @@ class FastNetwork:
     ):
         self.model = model
         self.dtype, self.device, self._backend = dtype, device, backend
-        where = {"dtype": dtype, "device": device}
+        where = Where(dtype=dtype, device=device)
         weights = fold_vote(model.read)
         self.value_width = weights.value_in.shape[0]
-        cosine = model.read.similarity == "cosine"
+        self._cosine = model.read.similarity == "cosine"
         self._pack_keys = (
             (dtype, device.type) == (torch.float32, "cpu")
             and backend in ("auto", "cpu")
             and model.config.key_dim % 32 == 0
-            and (split and tiles_run() or cosine and screening_runs())
+            and (split and tiles_run() or self._cosine and screening_runs())
         )
         depth = model.config.key_dim
         self.key_width, self.key_dtype = packed_width(depth) if self._pack_keys else (depth, dtype)
@@ -104,7 +107,7 @@ class FastNetwork:
         self._vote = fused_vote(weights, split=split, **where)
         self._null = weights.null.to(device, dtype)
         self._query_in = Projection(weights.query_in, weights.query_bias, **where)
-        self._temperature = float(model.read.log_temperature.exp()) if cosine else None
+        self._temperature = float(model.read.log_temperature.exp())  # used by "cosine" alone
         self._head, bias = _fold_head(model.head, split=split, **where)
         self._head_bias = bias.float().to(device)[:, None, None]
         self._encoder = _Encoder(model.value_encoder, weights.value_in, split=split, **where)
@@ -130,7 +133,7 @@ class FastNetwork:
     # ---- predict's stages, apart so that each can be timed -------------------------------------------
 
     def match(self, maps: Tensor, keys: Tensor, k: int, valid: Tensor | int) -> tuple[Tensor, Tensor]:
-        query = self._unit(self._features(maps), self._temperature)
+        query = self._with_length(self._features(maps), self._temperature)
         if self._pack_keys:
             return retrieve_packed(query, keys, k, valid=valid)
         return ops.retrieve(query, keys, k, valid=valid, backend=self._backend)
@@ -159,38 +162,40 @@ class FastNetwork:
         soft = torch.cat([scores, deltas.flatten(1, 2)], 1).permute(0, 2, 3, 1).to(self.dtype)
         soft = F.pad(soft, (0, -(features.shape[-1] + soft.shape[-1]) % 32))
         values = self._encoder(torch.cat([features, soft], -1).permute(0, 3, 1, 2))
-        keys = self._unit(features.flatten(1, 2), 1.0)
+        keys = self._with_length(features.flatten(1, 2), 1.0)
         return pack_keys(keys) if self._pack_keys else keys, values
 
-    def _unit(self, rows: Tensor, length: float | None) -> Tensor:
-        """rows (B, M, D) at that length ("cosine"), or as they are (None for "dot")."""
-        return rows.contiguous() if self._temperature is None else with_length(rows, length)
+    def _with_length(self, rows: Tensor, length: float) -> Tensor:
+        """rows (B, M, D) at that length ("cosine"), or as they are ("dot")."""
+        return with_length(rows, length) if self._cosine else rows.contiguous()
 
 
-def _fold_head(head: BoxHead, **where) -> tuple[list[Convolution], Tensor]:
+def _fold_head(head: BoxHead, *, split: bool, **where: Unpack[Where]) -> tuple[list[Convolution], Tensor]:
     """Both branches side by side: (B, D + V, H, W) -> (B, A + 4 A or more, H, W), logits first.
 
     The last bias is left to be added, in float32. Channels are filled up to 32s, the matrix units' measure.
     """
-    first, second, last = ([head.centre[i], head.box[i]] for i in (0, 2, 4))
 
-    def both(layers: list) -> tuple[Tensor, Tensor]:
-        return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+    def both(place: int) -> tuple[list[Tensor], Tensor]:
+        """Weights at a place of the centre's and the box's branch; their biases, one behind the other."""
+        pairs = [_weight_and_bias(branch[place]) for branch in (head.centre, head.box)]
+        return [weight for weight, _ in pairs], torch.cat([bias for _, bias in pairs])
 
-    weight, bias = _block_diagonal(*last)
+    (first, bias1), (second, bias2), (last, bias) = (both(place) for place in (0, 2, 4))
+    # The last ones are 1 x 1, on neighbouring halves of the channels.
+    weight = torch.block_diag(*(w[:, :, 0, 0] for w in last))[:, :, None, None]
     weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % 32))
     convolutions = [
-        Convolution(*both(first), relu=True, padding=1, **where),
-        Convolution(*both(second), relu=True, padding=1, groups=2, **where),
-        Convolution(weight, None, relu=False, **where),
+        Convolution(torch.cat(first), bias1, relu=True, padding=1, split=split, **where),
+        Convolution(torch.cat(second), bias2, relu=True, padding=1, groups=2, split=split, **where),
+        Convolution(weight, None, relu=False, split=split, **where),
     ]
     return convolutions, bias
 
 
-def _block_diagonal(a: nn.Conv2d, b: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Two 1 x 1 convolutions on neighbouring halves of the channels as one."""
-    weight = torch.block_diag(a.weight[:, :, 0, 0], b.weight[:, :, 0, 0])[:, :, None, None]
-    return weight, torch.cat([a.bias, b.bias])
+def _weight_and_bias(conv: nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+    return conv.weight, conv.bias
 
 
 class _Encoder:
@@ -199,14 +204,14 @@ class _Encoder:
     Of x the channels are filled up to 32s, the matrix units' measure.
     """
 
-    def __init__(self, encoder: ValueEncoder, value_in: Tensor, *, split: bool = False, **where):
-        conv, norm = encoder.conv2, encoder.norm
+    def __init__(self, encoder: ValueEncoder, value_in: Tensor, *, split: bool, **where: Unpack[Where]):
+        conv1, conv2, norm = encoder.conv1, encoder.conv2, encoder.norm
         # The layer norm's mean is taken out of the convolution, its scale and shift go into the projection.
-        centred = conv.weight - conv.weight.mean(0), conv.bias - conv.bias.mean()
-        conv1 = encoder.conv1
+        weight2, bias2 = _weight_and_bias(conv2)
+        centred = weight2 - weight2.mean(0), bias2 - bias2.mean()
         weight = F.pad(conv1.weight, (0, 0, 0, 0, 0, -conv1.in_channels % 32))
-        first = Convolution(weight, conv1.bias, relu=True, padding=conv1.padding[0], split=split, **where)
-        second = Convolution(*centred, relu=False, padding=conv.padding[0], split=split, **where)
+        first = Convolution(weight, conv1.bias, relu=True, padding=padding_of(conv1), split=split, **where)
+        second = Convolution(*centred, relu=False, padding=padding_of(conv2), split=split, **where)
         self._convolutions = [first, second]
         self._projection = Projection(value_in * norm.weight, value_in @ norm.bias, epsilon=norm.eps, **where)
 

@@ -51,8 +51,9 @@ class Pixels:
             self._mean, bias = self._mean.round().to(dtype), _bias_of_whole_mean(weight, bias, mean)
         if self._gpu:
             weight = F.pad(weight, (0, 0, 0, 0, 0, GPU_CHANNELS - weight.shape[1]))
-        geometry = {"stride": 2, "padding": 3}
-        self.convolution = Convolution(weight, bias, relu=True, dtype=dtype, device=device, **geometry)
+        self.convolution = Convolution(
+            weight, bias, relu=True, dtype=dtype, device=device, stride=2, padding=3
+        )
 
     def __call__(self, crops: Tensor) -> Tensor:
         return max_pool(self.convolution(self.pixels(crops)))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from dmv_fast.model.backbone import Backbone, BasicBlock
+from dmv_fast.model.backbone import Backbone, BasicBlock, BottleneckBlock, blocks_of, conv_and_norm
 from dmv_fast.runtime import hardware
-from dmv_fast.runtime.convolution import Convolution, run_chain
+from dmv_fast.runtime.convolution import Convolution, Where, padding_of, run_chain
 from dmv_fast.runtime.fold import fold_pixels, norm_line, scaled
 from dmv_fast.runtime.pixels import pixels_to_map
 from dmv_fast.runtime.rows import join
 from dmv_fast.vision.crop import MEAN, STD
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Crops that go to layer3 together on a CPU. More would push the large early maps out of the caches; what
 # follows has small maps and large weights and takes all crops at once (16 crops, one core with AMX: 162 ms,
@@ -22,25 +27,28 @@ _TOGETHER = 4
 class Block:
     """A residual block of either kind: a chain of convolutions and a shortcut."""
 
-    def __init__(self, block: nn.Module, **where):
+    def __init__(self, block: BasicBlock | BottleneckBlock, *, split: bool = False, **where: Unpack[Where]):
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if not isinstance(block, BasicBlock):
             pairs.append((block.conv3, block.bn3))
         *first, (last, last_norm) = pairs
-        self._chain = [Convolution.of(*pair, relu=True, **where) for pair in first]
-        scale, bias = norm_line(last_norm)
+        self._chain = [Convolution.of(*pair, relu=True, split=split, **where) for pair in first]
+        scale, shift = norm_line(last_norm)
+        here: Tensor | None = shift
         self._shortcut = None
         if isinstance(block.downsample, nn.Sequential):
-            conv, norm = block.downsample
-            across, shift = norm_line(norm)
+            conv, norm = conv_and_norm(block.downsample, 0)
+            across, beside = norm_line(norm)
             # One of the two adds both biases: on a GPU the last, on a CPU the one that adds in float32.
-            total = bias + shift
-            bias, shift = (total, None) if hardware.on_gpu(where["device"]) else (None, total)
+            total = shift + beside
+            here, there = (total, None) if hardware.on_gpu(where["device"]) else (None, total)
             self._shortcut = Convolution(
-                conv.weight, shift, scale=across, relu=False, stride=conv.stride[0], **where
+                conv.weight, there, scale=across, relu=False, stride=conv.stride[0], split=split, **where
             )
-        geometry = {"padding": last.padding[0], "dilation": last.dilation[0]}
-        self._last = Convolution(last.weight, bias, scale=scale, relu=True, **geometry, **where)
+        self._last = Convolution(
+            last.weight, here, scale=scale, relu=True, padding=padding_of(last), dilation=last.dilation[0],
+            split=split, **where,
+        )  # fmt: skip
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, h, w); may write over x."""
@@ -52,16 +60,19 @@ class Trunk:
     """The reference's Backbone, channels-last. Batch norm is folded, of `normalise` all but the mean."""
 
     def __init__(self, backbone: Backbone, *, dtype: torch.dtype, device: torch.device, split: bool = False):
-        where = {"dtype": dtype, "device": device, "split": split}
+        where = Where(dtype=dtype, device=device)
         self._gpu = hardware.on_gpu(device)
         scale, bias = norm_line(backbone.bn1)
         weight, mean = fold_pixels(scaled(backbone.conv1.weight, scale), STD), 255 * torch.tensor(MEAN[::-1])
-        self._conv1 = pixels_to_map(weight, bias, mean, **where)
+        self._conv1 = pixels_to_map(weight, bias, mean, split=split, **where)
         stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
-        *self._stem, self._layer4 = ([Block(b, **where) for b in stage] for stage in stages)
+        *self._stem, self._layer4 = (
+            [Block(b, split=split, **where) for b in blocks_of(stage)] for stage in stages
+        )
         necks = backbone.neck3, backbone.neck4
-        self._necks = [_neck(neck, biased=not self._gpu, **where) for neck in necks]
-        self._neck_bias = torch.cat([neck[-1].bias for neck in necks]).to(device) if self._gpu else None
+        self._necks = [_neck(neck, biased=not self._gpu, split=split, **where) for neck in necks]
+        biases = [_last(neck)[1] for neck in necks]
+        self._neck_bias = torch.cat(biases).to(device) if self._gpu else None
         self._unit_scale = backbone.unit_scale
 
     def __call__(self, crops: Tensor, out: Tensor) -> None:
@@ -83,10 +94,17 @@ class Trunk:
         return x
 
 
-def _neck(neck: nn.Sequential, *, biased: bool, **where) -> list[Convolution]:
-    last = neck[6]
+def _neck(neck: nn.Sequential, *, biased: bool, split: bool, **where: Unpack[Where]) -> list[Convolution]:
+    weight, bias = _last(neck)
     return [
-        Convolution.of(neck[0], neck[1], relu=True, **where),
-        Convolution.of(neck[3], neck[4], relu=True, **where),
-        Convolution(last.weight, last.bias if biased else None, relu=False, **where),
+        Convolution.of(*conv_and_norm(neck, 0), relu=True, split=split, **where),
+        Convolution.of(*conv_and_norm(neck, 3), relu=True, split=split, **where),
+        Convolution(weight, bias if biased else None, relu=False, split=split, **where),
     ]
+
+
+def _last(neck: nn.Sequential) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a bottleneck's last convolution, the one without a batch norm."""
+    last = neck[-1]
+    assert isinstance(last, nn.Conv2d) and last.bias is not None
+    return last.weight, last.bias

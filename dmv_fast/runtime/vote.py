@@ -63,7 +63,7 @@ def fused_vote(
     elif fits and not half and device.type == "cpu" and cpu_kernel_runs("vote_float32_cpu"):
         run = _float32_vote(weights)
     else:
-        local = VoteWeights(*(w.to(device, dtype) for w in weights[:-1]), epsilon=weights.epsilon)
+        local = VoteWeights._make(w.to(device, dtype) if isinstance(w, Tensor) else w for w in weights)
         run = functools.partial(vote_plain, weights=local)
     return lambda rows, out: out.copy_(run(rows))
 

@@ -90,7 +90,9 @@ def expose(shot: Shot, look: Look, frame: int, rng: np.random.Generator) -> np.n
         crop = np.clip(crop + grain, 0, 255).astype(np.uint8)
     if look.quality is not None:
         data = cv2.imencode(".jpg", crop, (cv2.IMWRITE_JPEG_QUALITY, look.quality))[1]
-        crop = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        assert decoded is not None, "it was encoded a line ago"
+        crop = decoded
     if shot.outside is not None:
         crop = np.where(shot.outside[..., None], fill, crop)
     return crop

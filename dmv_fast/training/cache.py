@@ -10,6 +10,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class FeatureCache:
             )
         self._note, self._wanted = note, wanted
         self.filled = json.loads(note.read_text())["filled"] if note.is_file() else 0
-        mode = "r+" if (folder / "features.f16").is_file() else "w+"
+        mode: Literal["r+", "w+"] = "r+" if (folder / "features.f16").is_file() else "w+"
         self.features = np.memmap(folder / "features.f16", np.float16, mode, shape=self.shape)
         self.boxes = np.memmap(folder / "boxes.f32", np.float32, mode, shape=(samples, frames, 4))
         if mode == "w+":

@@ -184,4 +184,6 @@ def read_clip_frame(clip: Clip, frame: int) -> np.ndarray:
     frames = _clip_frames(clip.path)
     if frame >= len(frames):
         raise OSError(f"the clip {clip.path} has {len(frames)} frames, a track of it names frame {frame}")
-    return cv2.imdecode(frames[frame], cv2.IMREAD_COLOR)
+    image = cv2.imdecode(frames[frame], cv2.IMREAD_COLOR)
+    assert image is not None, "_clip_frames has encoded it"
+    return image

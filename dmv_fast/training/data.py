@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from torch.utils.data import Dataset
 
 from dmv_fast.training.augment import develop, random_look
 from dmv_fast.training.catalog import Catalog, load_catalog
@@ -46,7 +47,7 @@ def _catalog(root: Path, held_out: bool) -> Catalog:
     return load_catalog(root, held_out=held_out)
 
 
-class SampleStream:
+class SampleStream(Dataset[Sample]):
     """Endless training samples: `stream[index]` depends on (seed, index) and the files drawn from alone.
 
     root: a folder as `dmv_fast.training.catalog` has it. frames: N, the exemplar included. max_skip: most
@@ -70,9 +71,9 @@ class SampleStream:
         held_out: bool = False,
     ) -> None:
         if frames < 1:
-            raise ValueError(f"frames: {frames}, it should be 1 or more")
+            raise ValueError(f"frames: {frames}, it must be 1 or more")
         if max_skip < 1:
-            raise ValueError(f"max_skip: {max_skip}, it should be 1 or more")
+            raise ValueError(f"max_skip: {max_skip}, it must be 1 or more")
         mix, self.sets = dict(MIX if mix is None else mix), dict(sets or {})
         known = {*MIX, *self.sets}
         if unknown := set(mix) - known:
@@ -106,7 +107,7 @@ class SampleStream:
 
     def _begin(self, index: int) -> tuple[np.random.Generator, str]:
         if index < 0:
-            raise IndexError(f"index: {index}, it should be 0 or more")
+            raise IndexError(f"index: {index}, it must be 0 or more")
         rng = np.random.default_rng([self.seed, index, int(self.held_out)])
         weights = np.array(list(self.mix.values()))
         return rng, list(self.mix)[rng.choice(len(weights), p=weights / weights.sum())]
@@ -117,17 +118,18 @@ class SampleStream:
             return track_scenes(rng, videos, frames, self.max_skip)
         return make_scenes(rng, _catalog(self.root, self.held_out), kind, frames, self.max_skip)
 
-    def _stock(self, kind: str) -> Sequence:
+    def _stock(self, kind: str) -> Sequence[object]:
         """What samples of a kind are made from; empty: nothing."""
         if kind in self.sets:
             return tracks(kind, self.sets[kind], self.held_out)
         catalog = _catalog(self.root, self.held_out)
-        return {
+        stock: dict[str, Sequence[object]] = {
             "paste": catalog.cutouts,
             "photo": catalog.objects,
             "clip": catalog.clips,
             "region": catalog.plain,
-        }[kind]
+        }
+        return stock[kind]
 
 
 def recipe_stream(recipe: Recipe, data: Path, *, held_out: bool = False) -> SampleStream:

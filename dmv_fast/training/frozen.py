@@ -25,7 +25,8 @@ class FrozenStem:
         for stage in (self._backbone.layer1, self._backbone.layer2, self._backbone.layer3):
             for block in stage:
                 _fold(block)
-        self._backbone.to(precision, memory_format=torch.channels_last)
+        # torch's annotations leave memory_format out
+        self._backbone.to(precision, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def __call__(self, crops: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(out / "tensorboard"))
+            self._board: SummaryWriter | None = SummaryWriter(str(out / "tensorboard"))
         except ImportError:
             self._board = None
 

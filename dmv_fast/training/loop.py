@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from dmv_fast.model.backbone import blocks_of
 from dmv_fast.model.dmv import DMV
 from dmv_fast.runtime.hardware import cores
 from dmv_fast.runtime.load import resolve_device
@@ -85,7 +86,7 @@ def train(
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes is {minutes}; it must be over 0")
     recipe = load_recipe(recipe_path)
-    run = Run(recipe, recipe_path, Path(data), Path(out), _device(device), minutes)
+    run = TrainingRun(recipe, recipe_path, Path(data), Path(out), _device(device), minutes)
     if (run.out / _CHECKPOINT).is_file():
         if not resume:
             raise ValueError(
@@ -95,7 +96,7 @@ def train(
     return run.execute(workers, pause_after)
 
 
-class Run:
+class TrainingRun:
     """Everything that a training run owns and a checkpoint holds."""
 
     def __init__(
@@ -123,7 +124,8 @@ class Run:
         if recipe.freeze_stem:
             for part in stem_layers(model):
                 part.requires_grad_(False)
-        self.model = model.to(device, memory_format=torch.channels_last)
+        # torch's annotations leave memory_format out
+        self.model: DMV = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.unroll = Unroll(self.model, recipe)
         self.teaching = None if teacher is None else Teaching(self.unroll, teacher.to(device))
@@ -193,7 +195,8 @@ class Run:
         try:
             with _stop_signals() as asked:
                 while self.progress < 1 and not stopped:
-                    module = teaching if self.step < recipe.teacher_steps else forward
+                    is_taught = self.step < recipe.teacher_steps
+                    module = teaching if is_taught and teaching is not None else forward
                     outcome, norm = self._one_step(module, *_next(batches))
                     now = time.monotonic()
                     self.seconds = already + now - began
@@ -268,7 +271,7 @@ class Run:
         origin = f"mix {recipe.mix}" if recipe.sources is None else f"sources {recipe.sources}"
         return FeatureCache(
             self.out / "cache", recipe.cached_samples, max(recipe.frames),
-            self.model.backbone.layer3[-1].conv1.in_channels,
+            blocks_of(self.model.backbone.layer3)[-1].conv1.in_channels,
             tag=f"{recipe.model.backbone} seed {recipe.seed} skip {recipe.max_skip} {origin}",
         )  # fmt: skip
 
@@ -334,7 +337,7 @@ class Run:
 
 
 def _average(ema: DMV, model: DMV, decay: float) -> None:
-    averaged = [p for p in ema.parameters() if p.is_floating_point()]
+    averaged: list[Tensor] = [p for p in ema.parameters() if p.is_floating_point()]
     current = [p.detach() for p in model.parameters() if p.is_floating_point()]
     torch._foreach_lerp_(averaged, current, 1 - decay)
     for mine, theirs in zip(ema.buffers(), model.buffers(), strict=True):
@@ -345,17 +348,17 @@ def _optimiser(recipe: Recipe, model: DMV) -> torch.optim.Optimizer:
     stem_rate = recipe.backbone_rate if recipe.stem_rate is None else recipe.stem_rate
     stem = {id(p) for layer in stem_layers(model) for p in layer.parameters()}
     backbone = {id(p) for p in model.backbone.parameters()} - stem
-    groups = {1.0: [], recipe.backbone_rate: [], stem_rate: []}
+    groups: dict[float, list[Tensor]] = {1.0: [], recipe.backbone_rate: [], stem_rate: []}
     for p in model.parameters():
         if p.requires_grad:
             rate = stem_rate if id(p) in stem else recipe.backbone_rate if id(p) in backbone else 1.0
             groups[rate].append(p)
     chosen = [{"params": params, "relative_rate": rate} for rate, params in groups.items() if params]
-    rest = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-    rest["fused"] = next(model.parameters()).device.type == "cuda" or None
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    fused = next(model.parameters()).device.type == "cuda" or None
     if recipe.optimiser == "sgd":
-        return torch.optim.SGD(chosen, momentum=0.9, **rest)
-    return torch.optim.AdamW(chosen, **rest)
+        return torch.optim.SGD(chosen, rate, momentum=0.9, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(chosen, rate, weight_decay=decay, fused=fused)
 
 
 def _beside(name: str, recipe_path: Path, data: Path) -> Path:
@@ -413,7 +416,7 @@ def _next(batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _stop_signals() -> Iterator[list[int]]:
     """Within it SIGINT and SIGTERM are only noted, so that a step ends whole and can be gone on from."""
     asked: list[int] = []
-    before: dict[int, Callable | int | None] = {}
+    before: dict[signal.Signals, Callable | int | None] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, lambda caught, _frame: asked.append(caught))

@@ -34,10 +34,10 @@ def pack(
     if not (source / "annotations.jsonl").is_file() and not (source / "clips").is_dir():
         raise ValueError(f"{source}: holds neither annotations.jsonl nor clips/; it is no training folder")
     if min(long_side, clip_side) < 64:
-        raise ValueError(f"long side is {min(long_side, clip_side)}; it should be 64 or more")
+        raise ValueError(f"long side is {min(long_side, clip_side)}; it must be 64 or more")
     if not 1 <= quality <= 100 or not 0 <= backgrounds <= 1:
         given = f"{quality} and {backgrounds}"
-        raise ValueError(f"quality and backgrounds are {given}; they should be 1 to 100 and 0 to 1")
+        raise ValueError(f"quality and backgrounds are {given}; they must be 1 to 100 and 0 to 1")
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -67,7 +67,8 @@ def _photos(source: Path, target: Path, long_side: int, quality: int, background
                 image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
             name = Path(record["image"]).with_suffix(".webp")
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_bytes(cv2.imencode(".webp", image, (cv2.IMWRITE_WEBP_QUALITY, quality))[1])
+            data = cv2.imencode(".webp", image, (cv2.IMWRITE_WEBP_QUALITY, quality))[1]
+            (target / name).write_bytes(data.tobytes())
             fx, fy = size[0] / record["width"], size[1] / record["height"]
             scaled = {**record, "image": name.as_posix(), "width": size[0], "height": size[1]}
             scaled["objects"] = [_scaled(thing, fx, fy) for thing in record["objects"]]
@@ -105,7 +106,7 @@ def _shrink(path: Path, target: Path, long_side: int) -> float:
     scale = min(1.0, long_side / max(size.max(), 1.0))
     small = tuple(int(v) for v in (size * scale / 2).round() * 2)
     if scale < 1:
-        code = cv2.VideoWriter_fourcc(*"mp4v")
+        code = cv2.VideoWriter.fourcc(*"mp4v")
         writer = cv2.VideoWriter(str(target), code, video.get(cv2.CAP_PROP_FPS) or 25.0, small)
         while (frame := video.read()[1]) is not None:
             writer.write(cv2.resize(frame, small, interpolation=cv2.INTER_AREA))

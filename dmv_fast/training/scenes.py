@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -294,11 +295,13 @@ def track_scenes(
     """Frames of one video of a training set, each video as often; None where too few boxes are of use."""
     video = videos[rng.integers(len(videos))]
     sequence = video.read(video.path)
+    files = sequence.frames
+    assert not isinstance(files, Path), "the sets of readers.py come as images"
     boxes = np.where(usable(sequence.boxes, MIN_SIDE_CLIP, np.inf)[:, None], sequence.boxes, np.nan)
     if np.isfinite(boxes[:, 0]).sum() < 2:
         return None
     numbers = _numbers(rng, boxes, frames, max_skip)
-    scenes = _filmed(rng, lambda number: read_image(sequence.frames[number]), boxes, [], numbers)
+    scenes = _filmed(rng, lambda number: read_image(files[number]), boxes, [], numbers)
     return scenes, np.abs(numbers - numbers[0])
 
 

@@ -265,4 +265,5 @@ def _resample(layer: Layer, frame_to_crop: np.ndarray, region: Region, border: i
     source = (geo.apply(np.linalg.inv(level_to_full), source) - 0.5).astype(np.float32)
     dense = cv2.resize(source, None, fx=_CELL, fy=_CELL, interpolation=cv2.INTER_LINEAR)
     dense = np.ascontiguousarray(dense[_CELL : _CELL + size[1], _CELL : _CELL + size[0]])
-    return cv2.remap(level, dense, None, cv2.INTER_LINEAR, borderMode=border)
+    # OpenCV's annotations do not know that a map of x and y together needs no second one.
+    return cv2.remap(level, dense, None, cv2.INTER_LINEAR, borderMode=border)  # type: ignore[call-overload]

@@ -100,7 +100,7 @@ class Unroll(nn.Module):
         chosen = decoded.gather(1, best[:, None, None].expand(-1, 1, 4))[:, 0]
         return box_ops.iou(chosen, box).nan_to_num(0), score
 
-    def _drift(self, samples: int, generator: torch.Generator) -> Tensor:
+    def _drift(self, samples: int, generator: torch.Generator | None) -> Tensor:
         """By how much drifted boxes are too wide and too high, (B, 2)."""
         if not (self.training and self.recipe.write_drifted):
             return torch.ones(samples, 2)
@@ -109,7 +109,7 @@ class Unroll(nn.Module):
 
     @torch.no_grad()
     def _written(
-        self, prediction: Prediction, box: Tensor, drift: Tensor, generator: torch.Generator
+        self, prediction: Prediction, box: Tensor, drift: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         """What the memory is told of a frame: the prediction; in training at times the truth or a wrong box.
 

@@ -37,9 +37,9 @@ def on_samples(model: DMV, recipe: Recipe, stream: SampleStream) -> dict[str, fl
         samples = [stream[i] for i in range(index, min(index + _BATCH, recipe.validate_samples))]
         crops = torch.from_numpy(np.stack([s.crops for s in samples])).to(device)
         boxes = np.stack([np.where(s.present[:, None], s.boxes, np.nan) for s in samples])
-        boxes = torch.from_numpy(boxes).to(device)
+        truth = torch.from_numpy(boxes).to(device)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            outcome = unroll(crops, boxes, recipe.model.candidates)
+            outcome = unroll(crops, truth, recipe.model.candidates)
         for name, value in outcome._asdict().items():
             sums.setdefault(name, []).append(float(value))
     return {name: mean_known(values) for name, values in sums.items()}
@@ -57,8 +57,8 @@ def on_videos(weights: Path, data: Path, count: int, device: torch.device, seed:
     Every second one is made, and in every second of those the target leaves and returns; the others are
     real, where the folder has such. On a GPU the plain network is run, so that training needs no kernel.
     """
-    plain = {"dtype": "float32", "backend": "reference"} if device.type == "cuda" else {}
-    tracker = FastDMVTracker(str(weights), device=str(device), **plain)
+    dtype, backend = ("float32", "reference") if device.type == "cuda" else ("auto", "auto")
+    tracker = FastDMVTracker(str(weights), device=str(device), dtype=dtype, backend=backend)
     return {name: video_auc(tracker, video) for name, video in held_out_videos(data, count, seed)}
 
 
@@ -70,8 +70,8 @@ def held_out_videos(data: Path, count: int, seed: int) -> Iterator[tuple[str, Vi
     for i in range(count):
         if catalog.cutouts and (i % 2 == 0 or not real):
             leaves = i % 4 == 2
-            clip = make_clip(data, seed=seed + i, frames=CLIP_FRAMES, leaves=leaves)
-            yield f"made {seed + i}{' leaves' if leaves else ''}", iter(clip)
+            made = make_clip(data, seed=seed + i, frames=CLIP_FRAMES, leaves=leaves)
+            yield f"made {seed + i}{' leaves' if leaves else ''}", iter(made)
         elif real:
             turn, which = divmod(i // 2 if catalog.cutouts else i, len(real))
             clip, tracks = real[which]
@@ -90,7 +90,8 @@ def _real_video(clip: Clip, track: np.ndarray) -> Video:
 
 def video_auc(tracker: FastDMVTracker, video: Video) -> float:
     """AUC of one pass over (frame, box) pairs; the first box is given, NaN ones do not count."""
-    found, truth = [], []
+    found: list[tuple[float, ...]] = []
+    truth: list[np.ndarray] = []
     for image, box in video:
         if truth:
             found.append(tracker.track(image).box)

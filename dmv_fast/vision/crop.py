@@ -40,7 +40,7 @@ class Window:
         return box * (self.side / size) + (self.x0, self.y0, 0, 0)
 
 
-def search_window(box: Sequence[float], *, scale: float = 1.0) -> Window:
+def search_window(box: np.ndarray | Sequence[float], *, scale: float = 1.0) -> Window:
     """The square of side 2 sqrt((w + p)(h + p)), p = (w + h) / 2, around a box xywh.
 
     After the resize to 256 the target is about 64 pixels large. `scale` > 1 widens the search.

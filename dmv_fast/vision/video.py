@@ -259,7 +259,7 @@ class VideoWriter:
         scale = min(1.0, _MOST_PIXELS / max(frame.shape[:2]))
         width, height = (max(2, int(side * scale) // 2 * 2) for side in frame.shape[1::-1])
         # MPEG-4 part 2 is the one codec for mp4 that every OpenCV wheel can write.
-        codec = cv2.VideoWriter_fourcc(*"mp4v")
+        codec = cv2.VideoWriter.fourcc(*"mp4v")
         name, size = _for_ffmpeg(self._partial), (width, height)
         writer = cv2.VideoWriter(name, cv2.CAP_FFMPEG, codec, self._fps, size)
         if not writer.isOpened():

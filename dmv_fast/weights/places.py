@@ -47,8 +47,8 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(name_or_path)
     names = known()
-    if names.get(text) is not None:
-        return names[text]
+    if (named := names.get(text)) is not None:
+        return named
     path = Path(text).expanduser()
     if path.is_file():
         return path
