@@ -114,7 +114,7 @@ def plot_reliability(found: Reliability, path: Path, title: str) -> None:
     upper.plot(found.score, found.good, marker="o", label=f"share with IoU > {GOOD}")
     upper.plot(found.score, found.iou, marker="s", label="mean IoU")
     upper.set(ylabel="of the frames with that score", ylim=(0, 1), title=f"{title}: ECE {found.error:.3f}")
-    upper.legend(loc="upper left")
+    upper.legend(loc="lower right")
     bins = len(found.count)
     lower.bar((np.arange(bins) + 0.5) / bins, found.count, width=0.9 / bins, color="0.6")
     lower.set(xlabel="score", ylabel="frames", xlim=(0, 1))
