@@ -286,7 +286,7 @@ def test_script(line, desk):
 def test_retrieval(line, desk, monkeypatch, capsys):
     """Small; of the peers, what takes half a minute to compile is left out or not compiled."""
     pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "dmv-fast[bench]"')
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setitem(sys.modules, "pykeops", None)
     small = "--device cpu --sizes 16x64 32x64 -k 1 4 --rounds 1 --output OUT"
     monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], *small.split()])
@@ -346,9 +346,12 @@ def test_scripts_that_are_named_without_a_command_are_there():
 
 
 @lines(KINDS["python"])
-def test_python_one_liner(line, desk):
+def test_python_one_liner(line, desk, checkpoint):
     (desk / "SMALL").unlink()
+    for name in "AB":
+        (desk / f"{name}.safetensors").symlink_to(checkpoint)
     run([sys.executable, *shlex.split(line)[1:]])
+    assert "OUT.safetensors" not in line or (desk / "OUT.safetensors").is_file()
     assert "SMALL" not in line or (desk / "SMALL" / "annotations.jsonl").is_file()
 
 

@@ -45,9 +45,9 @@ def recipe_of(folder, more: str = ""):
     return path
 
 
-def run_of(folder, data, more: str = "") -> loop.Run:
+def run_of(folder, data, more: str = "") -> loop.TrainingRun:
     recipe = recipe_of(folder, more)
-    return loop.Run(load_recipe(recipe), recipe, data, folder / "run", torch.device("cpu"), None)
+    return loop.TrainingRun(load_recipe(recipe), recipe, data, folder / "run", torch.device("cpu"), None)
 
 
 # ---- training ------------------------------------------------------------------------------------------
