@@ -112,9 +112,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="predictions and agreement.csv; else none")
     args = parser.parse_args()
     try:
-        sequences = datasets.load(args.dataset, args.root)
-        if args.sequences:
-            sequences = datasets.select(sequences, args.sequences)
+        sequences = datasets.load(args.dataset, args.root, args.sequences)
         factory = DMVFactory(args.weights, args.k, args.device, args.dtype)
         with tempfile.TemporaryDirectory(prefix="dmv_fast_agreement_") as folder:
             out = args.output or Path(folder)

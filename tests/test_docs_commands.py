@@ -351,7 +351,7 @@ def test_python_one_liner(line, desk, checkpoint):
     for name in "AB":
         (desk / f"{name}.safetensors").symlink_to(checkpoint)
     run([sys.executable, *shlex.split(line)[1:]])
-    assert "OUT.safetensors" not in line or (desk / "OUT.safetensors").is_file()
+    assert "MEAN" not in line or (desk / "MEAN.safetensors").is_file()
     assert "SMALL" not in line or (desk / "SMALL" / "annotations.jsonl").is_file()
 
 

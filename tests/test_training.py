@@ -18,7 +18,7 @@ from photographs import write_photographs
 from dmv_fast import load_model
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.runtime.load import load_network
-from dmv_fast.training import average, loop, validation
+from dmv_fast.training import loop, validation
 from dmv_fast.training.data import SampleStream
 from dmv_fast.training.log import Log
 from dmv_fast.training.loop import Frames, TrainingRun, train
@@ -355,27 +355,3 @@ def test_start_from_another_network_is_refused(data, tmp_path):
     text = TINY.format(steps=1) + f"start_from: {tmp_path / 'other.safetensors'}\n"
     with pytest.raises(ValueError, match=r"vote_dim=16.*start_from.*vote_dim=32"):
         train(write_recipe(tmp_path / "s.yaml", text), data=data, out=tmp_path / "x", device="cpu")
-
-
-def test_the_average_is_the_mean_of_weights_and_statistics(tmp_path):
-    config = DMVConfig(key_dim=64, value_dim=32, vote_dim=16, heads=2)
-    for seed, name in enumerate("abc"):
-        torch.manual_seed(seed)
-        model = DMV(config)
-        model.backbone.bn1.running_mean.fill_(float(seed))
-        save_model(model, tmp_path / f"{name}.safetensors", dtype=torch.float32)
-    files = [str(tmp_path / f"{name}.safetensors") for name in "abc"]
-    average.main([str(tmp_path / "mean.safetensors"), *files])
-    parts, mean = [weights_of(file) for file in files], weights_of(tmp_path / "mean.safetensors")
-    for name in ("backbone.bn1.running_mean", "read.null_value", "head.box.0.bias"):
-        expected = torch.stack([part[name] for part in parts]).mean(0)
-        assert torch.allclose(mean[name], expected, atol=2e-3), name
-    assert mean["backbone.bn1.running_mean"].unique().tolist() == [1.0]
-
-
-def test_unlike_networks_are_not_averaged(tmp_path):
-    small = DMVConfig(key_dim=64, value_dim=32, vote_dim=16, heads=2)
-    with pytest.raises(ValueError, match="alike"):
-        average.average([DMV(small), DMV(DMVConfig(key_dim=64, value_dim=32, vote_dim=16, heads=2, grid=32))])
-    with pytest.raises(ValueError, match="two or more"):
-        average.average([DMV(small)])

@@ -128,9 +128,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _data(args: argparse.Namespace) -> dict[str, list[datasets.Sequence]]:
     """The sequences to run, by the name of their set."""
-    data = {"dev": datasets.load("auto", args.dev)}
-    if args.sequences:
-        data["dev"] = datasets.select(data["dev"], args.sequences)
+    data = {"dev": datasets.load("auto", args.dev, args.sequences)}
     if args.data is not None:
         data["held-out"] = datasets.load("otb", write_unseen(args.data, args.runs / "held-out"))
     return data
