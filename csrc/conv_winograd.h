@@ -4,87 +4,114 @@
 // stride of 2 they take 81: of nine pixels in a row the five even ones meet two taps, F(4, 2), and the four odd ones
 // the third tap alone. With points at 0, +-sqrt(1/2), +-sqrt(2) and infinity (0 only for three taps) the rounding stays
 // near that of the sum: 1e-6 of the largest number; a NaN fills its tile. A dilation of d makes d * d maps of every d-th
-// pixel, each cut into tiles by itself. Wants a `Lanes` before it.
+// pixel, each cut into tiles by itself. Wants product_panel.h before it.
 #pragma once
-
-#include "conv_winograd_cpu.h"
 
 namespace dmv_fast {
 namespace {
 
-using Vector = Lanes::Vector;
-constexpr int kWidth = Lanes::kWidth;
-constexpr int kRowsTogether = kWidth == 16 ? 8 : 4;  // times two vectors of channels: sums enough to hide the latency
 constexpr float kRoot = 1.41421356f, kHalfRoot = 0.70710678f;
 
-// What three taps and two have in common: the points +-sqrt(1/2) and +-sqrt(2) of x[0], x[step], x[2 step], x[3 step].
-template <class Put>
-inline void to_four_points(const Vector* x, int step, int first, Put&& put) {
-  const Vector two = Lanes::fill(2), half = Lanes::fill(0.5f);
-  const Vector root = Lanes::fill(kRoot), half_root = Lanes::fill(kHalfRoot);
-  const Vector high = Lanes::subtract(x[3 * step], Lanes::multiply(two, x[step]));
-  const Vector low = Lanes::subtract(x[3 * step], Lanes::multiply(half, x[step]));
-  const Vector a = Lanes::multiply_subtract(half_root, x[2 * step], Lanes::multiply(root, x[0]));
-  const Vector b = Lanes::multiply_subtract(root, x[2 * step], Lanes::multiply(half_root, x[0]));
-  put(first, Lanes::add(high, a));
-  put(first + 1, Lanes::subtract(high, a));
-  put(first + 2, Lanes::add(low, b));
-  put(first + 3, Lanes::subtract(low, b));
+// Of x(0), x(1), x(2), x(3): their points at both signs of a root r, put(first) and put(first + 1). r^2 is `square`.
+template <class Load, class Put>
+inline void to_pair(float root, float square, Load&& x, int first, Put&& put) {
+  const Vector even = Lanes::subtract(x(3), Lanes::multiply(Lanes::fill(1 / square), x(1)));
+  const Vector odd = Lanes::multiply_subtract(Lanes::fill(root), x(2), Lanes::multiply(Lanes::fill(1 / root), x(0)));
+  put(first, Lanes::add(even, odd));
+  put(first + 1, Lanes::subtract(even, odd));
 }
 
-// And the way back: four pixels of their products m, added to what the other points give.
-template <class Put>
-inline void from_four_points(const Vector* m, const Vector (&onto)[4], Put&& put) {
-  const Vector even_a = Lanes::add(m[0], m[1]), odd_a = Lanes::subtract(m[0], m[1]);
-  const Vector even_b = Lanes::add(m[2], m[3]), odd_b = Lanes::subtract(m[2], m[3]);
-  const Vector second = Lanes::multiply_add(Lanes::fill(kRoot), odd_b, onto[1]);
-  const Vector third = Lanes::multiply_add(Lanes::fill(2), even_b, onto[2]);
-  const Vector fourth = Lanes::multiply_add(Lanes::fill(2 * kRoot), odd_b, onto[3]);
-  put(0, Lanes::add(onto[0], Lanes::add(even_a, even_b)));
-  put(1, Lanes::multiply_add(Lanes::fill(kHalfRoot), odd_a, second));
-  put(2, Lanes::multiply_add(Lanes::fill(0.5f), even_a, third));
-  put(3, Lanes::multiply_add(Lanes::fill(kHalfRoot / 2), odd_a, fourth));
+// And the way back, of which a group is pixels 0 and 2 or 1 and 3: of products m(0) .. m(3) of those points, added to what
+// the others give.
+template <int kGroup, class Load, class Put>
+inline void from_four_points(Load&& m, Vector first, Vector second, Put&& put) {
+  const Vector a = kGroup == 0 ? Lanes::add(m(0), m(1)) : Lanes::subtract(m(0), m(1));
+  const Vector b = kGroup == 0 ? Lanes::add(m(2), m(3)) : Lanes::subtract(m(2), m(3));
+  if constexpr (kGroup == 0) {
+    put(0, Lanes::add(first, Lanes::add(a, b)));
+    put(2, Lanes::multiply_add(Lanes::fill(0.5f), a, Lanes::multiply_add(Lanes::fill(2), b, second)));
+  } else {
+    put(1, Lanes::multiply_add(Lanes::fill(kHalfRoot), a, Lanes::multiply_add(Lanes::fill(kRoot), b, first)));
+    put(3, Lanes::multiply_add(Lanes::fill(kHalfRoot / 2), a, Lanes::multiply_add(Lanes::fill(2 * kRoot), b, second)));
+  }
 }
 
-// B' x, A' m of a stride.
+// B' x, A' m of a stride. Points come in groups, of which one after the other is made, so that a group of rows of
+// points stays in registers.
 template <int kStride>
 struct Row;
 
 template <>
 struct Row<1> {
-  static constexpr int kPoints = 6;
+  static constexpr int kPoints = 6, kGroups = 4;
+  static constexpr int kFirst[kGroups + 1] = {0, 1, 3, 5, 6};
 
-  // put(i, i-th number of B' x)
-  template <class Put>
-  static void to_points(const Vector (&x)[6], Put&& put) {
-    put(0, Lanes::multiply_add(Lanes::fill(-2.5f), x[2], Lanes::add(x[0], x[4])));
-    to_four_points(x + 1, 1, 1, put);
-    put(5, Lanes::multiply_add(Lanes::fill(-2.5f), x[3], Lanes::add(x[1], x[5])));
+  // put(i, i-th number of B' x) of a group
+  template <int kGroup, class Load, class Put>
+  static void to_points(Load&& x, Put&& put) {
+    if constexpr (kGroup == 0) put(0, Lanes::multiply_add(Lanes::fill(-2.5f), x(2), Lanes::add(x(0), x(4))));
+    if constexpr (kGroup == 1) to_pair(kHalfRoot, 0.5f, [&](int i) { return x(i + 1); }, 1, put);
+    if constexpr (kGroup == 2) to_pair(kRoot, 2.0f, [&](int i) { return x(i + 1); }, 3, put);
+    if constexpr (kGroup == 3) put(5, Lanes::multiply_add(Lanes::fill(-2.5f), x(3), Lanes::add(x(1), x(5))));
   }
 
-  // put(i, i-th number of A' m)
-  template <class Put>
-  static void from_points(const Vector (&m)[6], Put&& put) {
-    from_four_points(m + 1, {m[0], Lanes::zero(), Lanes::zero(), m[5]}, put);
+  // put(i, i-th number of A' m) of a group
+  template <int kGroup, class Load, class Put>
+  static void from_points(Load&& m, Put&& put) {
+    const auto four = [&](int i) { return m(i + 1); };
+    if constexpr (kGroup == 0)
+      from_four_points<0>(four, m(0), Lanes::zero(), put);
+    else
+      from_four_points<1>(four, Lanes::zero(), m(5), put);
   }
 };
 
 template <>
 struct Row<2> {
-  static constexpr int kPoints = 9;
+  static constexpr int kPoints = 9, kGroups = 4;
+  static constexpr int kFirst[kGroups + 1] = {0, 2, 4, 5, 9};
 
-  template <class Put>
-  static void to_points(const Vector (&x)[9], Put&& put) {
-    to_four_points(x, 2, 0, put);
-    put(4, Lanes::multiply_add(Lanes::fill(-2.5f), x[4], Lanes::add(x[0], x[8])));
-    for (int i = 0; i < 4; ++i) put(5 + i, x[2 * i + 1]);
+  template <int kGroup, class Load, class Put>
+  static void to_points(Load&& x, Put&& put) {
+    if constexpr (kGroup == 0) to_pair(kHalfRoot, 0.5f, [&](int i) { return x(2 * i); }, 0, put);
+    if constexpr (kGroup == 1) to_pair(kRoot, 2.0f, [&](int i) { return x(2 * i); }, 2, put);
+    if constexpr (kGroup == 2) put(4, Lanes::multiply_add(Lanes::fill(-2.5f), x(4), Lanes::add(x(0), x(8))));
+    if constexpr (kGroup == 3)
+      for (int i = 0; i < 4; ++i) put(5 + i, x(2 * i + 1));
   }
 
-  template <class Put>
-  static void from_points(const Vector (&m)[9], Put&& put) {
-    from_four_points(m, {m[5], m[6], m[7], Lanes::add(m[4], m[8])}, put);
+  template <int kGroup, class Load, class Put>
+  static void from_points(Load&& m, Put&& put) {
+    if constexpr (kGroup == 0)
+      from_four_points<0>(m, m(5), m(7), put);
+    else
+      from_four_points<1>(m, m(6), Lanes::add(m(4), m(8)), put);
   }
 };
+
+// A group of rows of a tile's points: down the columns of pixels, then along each row.
+template <int kStride, int kGroup>
+inline void group_to_points(const float* const* pixels, int64_t k, float* to, int64_t plane) {
+  using Line = Row<kStride>;
+  constexpr int kSide = Line::kPoints, kFirst = Line::kFirst[kGroup], kRows = Line::kFirst[kGroup + 1] - kFirst;
+  Vector half[kRows][kSide];
+#pragma GCC unroll 9
+  for (int column = 0; column < kSide; ++column)
+    Line::template to_points<kGroup>(
+        [&](int row) { return Lanes::load(pixels[row * kSide + column] + k); },
+        [&](int row, Vector value) { half[row - kFirst][column] = value; });
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) {
+    const auto x = [&](int column) { return half[row][column]; };
+    const auto put = [&](int column, Vector value) {
+      Lanes::store(to + ((kFirst + row) * kSide + column) * plane + k, value);
+    };
+    Line::template to_points<0>(x, put);
+    Line::template to_points<1>(x, put);
+    Line::template to_points<2>(x, put);
+    Line::template to_points<3>(x, put);
+  }
+}
 
 // Tiles first..last of x, as points of their own: [points][tiles][channels].
 template <int kStride>
@@ -101,35 +128,11 @@ void tiles_to_points(const Winograd& c, int64_t first, int64_t last, int64_t fro
     }
     float* const to = c.points + (tile - from_tile) * c.pitch_in();
     for (int64_t k = 0; k < c.c_in; k += kWidth) {
-      Vector half[kSide][kSide];
-      for (int column = 0; column < kSide; ++column) {
-        Vector x[kSide];
-        for (int row = 0; row < kSide; ++row) x[row] = Lanes::load(pixels[row * kSide + column] + k);
-        Row<kStride>::to_points(x, [&](int row, Vector value) { half[row][column] = value; });
-      }
-      for (int row = 0; row < kSide; ++row)
-        Row<kStride>::to_points(half[row], [&](int column, Vector value) {
-          Lanes::store(to + (row * kSide + column) * c.plane_in() + k, value);
-        });
+      group_to_points<kStride, 0>(pixels, k, to, c.plane_in());
+      group_to_points<kStride, 1>(pixels, k, to, c.plane_in());
+      group_to_points<kStride, 2>(pixels, k, to, c.plane_in());
+      group_to_points<kStride, 3>(pixels, k, to, c.plane_in());
     }
-  }
-}
-
-// sums[rows][2 vectors] = a[rows][depth] * b[depth][32 channels, two vectors of them]
-inline void product(const float* a, int64_t pitch, const float* b, int64_t depth, float* sums, int64_t out_pitch) {
-  Vector sum[kRowsTogether][2];
-  for (auto& row : sum) row[0] = row[1] = Lanes::zero();
-  for (int64_t d = 0; d < depth; ++d, b += kPanel) {
-    const Vector b0 = Lanes::load(b), b1 = Lanes::load(b + kWidth);
-    for (int r = 0; r < kRowsTogether; ++r) {
-      const Vector spread = Lanes::fill(a[r * pitch + d]);
-      sum[r][0] = Lanes::multiply_add(spread, b0, sum[r][0]);
-      sum[r][1] = Lanes::multiply_add(spread, b1, sum[r][1]);
-    }
-  }
-  for (int r = 0; r < kRowsTogether; ++r) {
-    Lanes::store(sums + r * out_pitch, sum[r][0]);
-    Lanes::store(sums + r * out_pitch + kWidth, sum[r][1]);
   }
 }
 
@@ -143,38 +146,59 @@ void multiply_points(const Winograd& c, int64_t first, int64_t last, int64_t til
     const float* const a = c.points + point * c.plane_in() + panel / per_group * depth;
     const float* const b = c.weight + ((row * 6 + column) * panels + panel) * depth * kPanel;
     float* const sums = c.sums + point * c.plane_out() + panel * kPanel;
-    for (int64_t tile = 0; tile < tiles; tile += kRowsTogether)
-      for (int64_t half = 0; half < kPanel; half += 2 * kWidth)
-        product(
-            a + tile * c.pitch_in(), c.pitch_in(), b + half, depth, sums + tile * c.pitch_out() + half, c.pitch_out());
+    for (int64_t tile = 0; tile < tiles; tile += kRowsTogether) {
+      float* const to = sums + tile * c.pitch_out();
+      multiply_panel(
+          {a + tile * c.pitch_in(), c.pitch_in(), depth}, b,
+          [&](int row, int64_t channel, Vector sum) { Lanes::store(to + row * c.pitch_out() + channel, sum); });
+    }
+  }
+}
+
+// Two rows of a tile's pixels: down the columns of points, then along each row.
+template <int kStride, int kGroup, class Put>
+inline void group_to_pixels(const float* from, int64_t plane, Put&& put) {
+  constexpr int kSide = Row<kStride>::kPoints;
+  Vector half[2][kSide];
+#pragma GCC unroll 9
+  for (int column = 0; column < kSide; ++column)
+    Row<kStride>::template from_points<kGroup>(
+        [&](int row) { return Lanes::load(from + (row * kSide + column) * plane); },
+        [&](int row, Vector value) { half[row / 2][column] = value; });
+#pragma GCC unroll 2
+  for (int row = 0; row < 2; ++row) {
+    const auto m = [&](int column) { return half[row][column]; };
+    const auto here = [&](int column, Vector value) { put((2 * row + kGroup) * 4 + column, value); };
+    Row<kStride>::template from_points<0>(m, here);
+    Row<kStride>::template from_points<1>(m, here);
   }
 }
 
 // The sums of tiles first..last to pixels of out, with bias, what they are added to, and the rectifier.
 template <int kStride>
 void points_to_tiles(const Winograd& c, int64_t first, int64_t last, int64_t from_tile) {
-  constexpr int kSide = Row<kStride>::kPoints;
   const Vector floor = Lanes::fill(c.relu ? 0.0f : -__builtin_inff());
+  const bool add = c.add;
   for (int64_t tile = first; tile < last; ++tile) {
     const TilePlace place = c.place(tile);
     const float* const from = c.sums + (tile - from_tile) * c.pitch_out();
+    float* pixels[16];  // null beyond the map
+    for (int i = 0; i < 16; ++i) {
+      const int64_t y = place.y + i / 4 * c.dilation, x = place.x + i % 4 * c.dilation;
+      const bool inside = y < c.rows && x < c.columns;
+      pixels[i] = inside ? c.out + ((place.crop * c.rows + y) * c.columns + x) * c.c_out : nullptr;
+    }
     for (int64_t k = 0; k < c.c_out; k += kWidth) {
-      Vector half[4][kSide];
-      for (int column = 0; column < kSide; ++column) {
-        Vector m[kSide];
-        for (int row = 0; row < kSide; ++row) m[row] = Lanes::load(from + (row * kSide + column) * c.plane_out() + k);
-        Row<kStride>::from_points(m, [&](int row, Vector value) { half[row][column] = value; });
-      }
       const Vector bias = Lanes::load(c.bias + k);
-      for (int row = 0; row < 4; ++row)
-        Row<kStride>::from_points(half[row], [&](int column, Vector value) {
-          const int64_t y = place.y + row * c.dilation, x = place.x + column * c.dilation;
-          if (y >= c.rows || x >= c.columns) return;
-          float* const to = c.out + ((place.crop * c.rows + y) * c.columns + x) * c.c_out + k;
-          value = Lanes::add(value, bias);
-          if (c.add) value = Lanes::add(value, Lanes::load(to));
-          Lanes::store(to, Lanes::larger(floor, value));
-        });
+      const auto put = [&](int pixel, Vector value) {
+        float* const to = pixels[pixel];
+        if (!to) return;
+        value = Lanes::add(value, bias);
+        if (add) value = Lanes::add(value, Lanes::load(to + k));
+        Lanes::store(to + k, Lanes::larger(floor, value));
+      };
+      group_to_pixels<kStride, 0>(from + k, c.plane_out(), put);
+      group_to_pixels<kStride, 1>(from + k, c.plane_out(), put);
     }
   }
 }

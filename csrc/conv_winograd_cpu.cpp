@@ -1,7 +1,7 @@
 // dmv_fast::convolve_winograd_cpu: a 3 x 3 convolution with bias, residual and rectifier in float32; weights transformed
 // beforehand.
 #include "checked.h"
-#include "conv_winograd_cpu.h"
+#include "conv_float32.h"
 #include "room.h"
 
 #include <torch/csrc/stable/library.h>

@@ -75,6 +75,10 @@ class Convolution:
             self._run, self._weight = self._winograd, _winograd_points(weight, stride)
             self._wide_bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
             return
+        if on_cpu and dtype == torch.float32 and _suits_pointwise(weight, padding, groups):
+            self._run, self._weight = self._pointwise, panels(weight[:, :, 0, 0].detach().float())
+            self._wide_bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+            return
         if gpu and groups > 1:
             weight, self._geometry = _ungrouped(weight, groups), (*self._geometry[:3], 1)
         self._weight = weight.to(device, dtype, memory_format=torch.channels_last)
@@ -118,6 +122,14 @@ class Convolution:
         geometry = (stride, padding, dilation, groups)
         torch.ops.dmv_fast.convolve_winograd_cpu.default(
             x, self._weight, self._wide_bias, out, add, self._relu or add, *geometry
+        )
+        return out.permute(0, 3, 1, 2)
+
+    def _pointwise(self, x: Tensor, onto: Tensor | None) -> Tensor:
+        x, out, add = *self._rows(x, onto), onto is not None
+        stride = self._geometry[1][0]
+        torch.ops.dmv_fast.convolve_pointwise_cpu.default(
+            x, self._weight, self._wide_bias, out, add, self._relu or add, stride
         )
         return out.permute(0, 3, 1, 2)
 
@@ -250,7 +262,19 @@ def _winograd_points(weight: Tensor, stride: int) -> Tensor:
     if stride == 2:
         g[5, 1] = 1
     products = torch.kron(g, g) @ weight.detach().double().flatten(2).flatten(0, 1).T  # (36, C_out * C_in)
-    return products.float().view(36, -1, 32, weight.shape[1]).transpose(2, 3).contiguous()
+    return panels(products.float().view(36, -1, weight.shape[1]))
+
+
+def _suits_pointwise(weight: Tensor, padding: int, groups: int) -> bool:
+    """Whether our own kernel takes this convolution: 1 x 1, of whole vectors of channels."""
+    c_out, c_in, *size = weight.shape
+    fits = size == [1, 1] and (padding, groups) == (0, 1) and c_in % 16 == 0 and c_out % 32 == 0
+    return fits and cpu_kernel_runs("convolve_pointwise_cpu")
+
+
+def panels(weight: Tensor) -> Tensor:
+    """(..., C_out, C_in) -> (..., C_out / 32, C_in, 32)."""
+    return weight.unflatten(-2, (-1, 32)).transpose(-1, -2).contiguous()
 
 
 def _ungrouped(weight: Tensor, groups: int) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
-from dmv_fast.runtime.convolution import Convolution, amx_runs
+from dmv_fast.runtime.convolution import Convolution, amx_runs, panels
 from dmv_fast.vision.crop import CROP_SIZE
 
 # Channels of a pixel on a GPU, the last of them zero: with 3, cuDNN would copy them into 8 by itself.
@@ -31,6 +32,8 @@ def pixels_to_map(
     cpu = device.type == "cpu" and not hardware.on_gpu(device)
     if cpu and (split or dtype == torch.bfloat16) and amx_runs():
         return PixelsAmx(weight, bias, mean, dtype)
+    if cpu and dtype == torch.float32 and cpu_kernel_runs("convolve_pixels_float32_cpu"):
+        return PixelsFloat32(weight, bias, mean)
     return Pixels(weight, bias, mean, dtype=dtype, device=device)
 
 
@@ -90,6 +93,21 @@ class PixelsAmx:
         size = (len(crops), crops.shape[1] // 4, crops.shape[2] // 4, len(self._bias))
         out = torch.empty(size, dtype=self._dtype)
         torch.ops.dmv_fast.convolve_pixels_cpu.default(
+            crops.contiguous(), self._weight, self._bias, self._mean, out
+        )
+        return out.permute(0, 3, 1, 2)
+
+
+class PixelsFloat32:
+    """`pixels_to_map` in one go and in float32: csrc/conv_pixels_float32.h."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, mean: Tensor):
+        self._weight = panels(weight.permute(0, 2, 3, 1).flatten(1))
+        self._bias, self._mean = bias, mean
+
+    def __call__(self, crops: Tensor) -> Tensor:
+        out = torch.empty(len(crops), crops.shape[1] // 4, crops.shape[2] // 4, len(self._bias))
+        torch.ops.dmv_fast.convolve_pixels_float32_cpu.default(
             crops.contiguous(), self._weight, self._bias, self._mean, out
         )
         return out.permute(0, 3, 1, 2)

@@ -1,5 +1,6 @@
-// Winograd's convolution on the CPU: what the launcher (conv_winograd_cpu.cpp) and the kernels of each instruction set
-// (conv_winograd.h) share.
+// Convolutions in float32 on the CPU: what the launchers (conv_winograd_cpu.cpp, conv_pointwise_cpu.cpp,
+// conv_pixels_float32_cpu.cpp) and the kernels of each instruction set (conv_winograd.h, conv_pointwise.h,
+// conv_pixels_float32.h) share. Maps are [crops][height][width][channels].
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,7 @@ struct TilePlace {
   int64_t crop, y, x;  // of its first pixel in out
 };
 
-// One call. Maps are [crops][height][width][channels], float32.
+// One call of a 3 x 3 kernel.
 struct Winograd {
   const float* x;
   const float* weight;  // G w G': [kWeights][c_out / 32][c_in / groups][32]
@@ -58,5 +59,50 @@ struct WinogradSteps {
 // stride: 1 or 2
 WinogradSteps winograd_avx2(int64_t stride);
 WinogradSteps winograd_avx512(int64_t stride);
+
+// One call of a 1 x 1 kernel. A stride leaves rows and columns of x out.
+struct Pointwise {
+  const float* x;
+  const float* weight;  // [c_out / 32][c_in][32]
+  const float* bias;    // [c_out]
+  float* out;
+  int64_t crops, height, width, c_in, rows, columns, c_out, stride;
+  bool add, relu;  // to what lies in out
+
+  int64_t pitch() const { return c_in + kCacheLine; }
+  int64_t pixels() const { return crops * rows * columns; }
+  const float* under(int64_t pixel) const {  // which pixel of x one of out is made of
+    const int64_t row = pixel / columns, crop = row / rows;
+    return x + ((crop * height + row % rows * stride) * width + pixel % columns * stride) * c_in;
+  }
+};
+
+// Pixels first..last of out, at most kPixelStep at a time; room: 64-byte aligned, for kPixelStep * pitch() floats.
+using PointwisePart = void (*)(const Pointwise& call, int64_t first, int64_t last, float* room);
+constexpr int64_t kPixelStep = 32;
+
+PointwisePart pointwise_avx2();
+PointwisePart pointwise_avx512();
+
+// conv1 with the max pool behind it: 7 x 7 of stride 2 on pixels, then 3 x 3 of stride 2.
+struct PixelsFloat32 {
+  const uint8_t* crops;  // [crops][height][width][3]
+  const float* weight;   // [c_out / 32][7 x 7 x 3][32]
+  const float* bias;     // [c_out]
+  const float* mean;     // [3]: what a pixel outside of the crop is
+  float* out;            // [crops][height / 4][width / 4][c_out]
+  int64_t height, width, c_out;
+
+  int64_t row_numbers() const { return (width + 6) * 3; }  // of a row of pixels with three beside it on either side
+  int64_t sum_numbers() const { return width / 2 * c_out; }
+  int64_t read_rows(int64_t rows) const { return 4 * rows + 7; }  // for so many of out
+  int64_t room_numbers(int64_t rows) const { return 3 * sum_numbers() + read_rows(rows) * row_numbers(); }
+};
+
+// Rows first..last of one crop's out; room: 64-byte aligned, for `room_numbers` floats.
+using PixelsPart = void (*)(const PixelsFloat32& call, int64_t crop, int64_t first, int64_t last, float* room);
+
+PixelsPart pixels_avx2();
+PixelsPart pixels_avx512();
 
 }  // namespace dmv_fast

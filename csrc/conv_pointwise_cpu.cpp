@@ -1,0 +1,81 @@
+// dmv_fast::convolve_pointwise_cpu: a 1 x 1 convolution with bias, residual and rectifier in float32.
+#include "checked.h"
+#include "conv_float32.h"
+#include "room.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+namespace dmv_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kShare = 8;  // pixels that one thread takes: of a product
+
+bool convolve_pointwise_cpu_runs() { return allowed(Isa::avx2); }
+
+PointwisePart part_of_call() {
+#ifdef DMV_X86
+  return allowed(Isa::avx512) ? pointwise_avx512() : pointwise_avx2();
+#else
+  return nullptr;
+#endif
+}
+
+void convolve_pointwise_cpu(
+    const Tensor& x,       // [B, H, W, C_in] float32
+    const Tensor& weight,  // [C_out / 32, C_in, 32], see convolution.py
+    const Tensor& bias,    // [C_out]
+    Tensor out,            // [B, h, w, C_out]
+    bool add,              // to what is in out
+    bool relu, int64_t stride)
+{
+  STD_TORCH_CHECK(
+      convolve_pointwise_cpu_runs(), "convolve_pointwise_cpu: this processor has no AVX2, or DMV_FAST_CPU_ISA names less");
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: they must be (B, H, W, C)");
+  STD_TORCH_CHECK(stride >= 1, "stride: it must be 1 or more");
+  Pointwise c;
+  c.crops = x.size(0), c.height = x.size(1), c.width = x.size(2), c.c_in = x.size(3);
+  c.rows = (c.height + stride - 1) / stride, c.columns = (c.width + stride - 1) / stride;
+  c.c_out = bias.numel(), c.stride = stride;
+  c.add = add, c.relu = relu;
+  STD_TORCH_CHECK(
+      c.c_in % 16 == 0 && c.c_out % kPanel == 0, "x, bias: their channels must be multiples of 16 and of 32");
+  c.x = checked<float>(x, "x", ScalarType::Float, x.numel());
+  c.weight = checked<float>(weight, "weight", ScalarType::Float, c.c_out * c.c_in);
+  c.bias = checked<float>(bias, "bias", ScalarType::Float, c.c_out);
+  STD_TORCH_CHECK(
+      out.size(0) == c.crops && out.size(1) == c.rows && out.size(2) == c.columns, "out: it must be (", c.crops, ", ",
+      c.rows, ", ", c.columns, ", ", c.c_out, ")");
+  checked<float>(out, "out", ScalarType::Float, c.pixels() * c.c_out);
+  c.out = static_cast<float*>(out.mutable_data_ptr());
+  STD_TORCH_CHECK(
+      c.out >= c.x + x.numel() || c.x >= c.out + out.numel(), "out: it must not lie in x, which is still read");
+  const PointwisePart part = part_of_call();
+  torch::stable::parallel_for(0, (c.pixels() + kShare - 1) / kShare, 1, [&](int64_t begin, int64_t end) {
+    auto* const room = static_cast<float*>(room_of(kPixelStep * c.pitch() * int64_t(sizeof(float))));
+    part(c, begin * kShare, std::min(end * kShare, c.pixels()), room);
+  });
+}
+
+}  // namespace
+}  // namespace dmv_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
+  library.def(
+      "convolve_pointwise_cpu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) out, bool add, bool relu, int stride) -> ()");
+  library.def("convolve_pointwise_cpu_runs() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CPU, library) {
+  library.impl("convolve_pointwise_cpu", TORCH_BOX(&dmv_fast::convolve_pointwise_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CompositeExplicitAutograd, library) {
+  library.impl("convolve_pointwise_cpu_runs", TORCH_BOX(&dmv_fast::convolve_pointwise_cpu_runs));
+}
