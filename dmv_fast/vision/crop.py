@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmv_fast.ops.shrink import shrink
+
 CROP_SIZE = 256
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB
 STD = (0.229, 0.224, 0.225)
@@ -74,8 +76,9 @@ def cut(image: np.ndarray, window: Window, size: int = CROP_SIZE) -> np.ndarray:
         if right > left and bottom > top:
             inside = image[top:bottom, left:right]
             patch[top - window.y0 : bottom - window.y0, left - window.x0 : right - window.x0] = inside
-    method = cv2.INTER_AREA if window.side > size else cv2.INTER_LINEAR
-    return cv2.resize(patch, (size, size), interpolation=method)
+    if window.side > size:
+        return shrink(patch, size)
+    return cv2.resize(patch, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
 def normalise(crops: Tensor) -> Tensor:
