@@ -39,9 +39,10 @@ def test_vote(benchmark, bench, k):
         1, config.grid, config.grid, config.key_dim + config.value_dim, dtype=network.dtype,
         device=network.device,
     )  # fmt: skip
-    candidates = torch.randn(
-        1, config.grid**2, k, network.value_width, dtype=network.dtype, device=network.device
-    )
+    values = torch.randn(1, 8 * config.grid**2, network.value_width, dtype=network.dtype, device=network.device)
+    scores = torch.rand(1, config.grid**2, k, device=network.device)
+    indices = torch.randint(values.shape[1], scores.shape, dtype=torch.int32, device=network.device)
+    candidates = network.gather(maps, values, scores, indices)
     with torch.inference_mode():
         benchmark(network.vote, maps, candidates)
     assert maps[..., config.key_dim :].isfinite().all()

@@ -1,5 +1,5 @@
-// dmv_fast::vote_cpu, vote_split_cpu and vote_float32_cpu: the voting net over each location's candidates (paper
-// section 3.2), in bfloat16, in float32 by products of two bfloat16 parts of each number, and in float32; weights
+// dmv_fast::vote_cpu and vote_split_cpu: the voting net over each location's candidates (paper section 3.2), in bfloat16,
+// and in float32 by products of two bfloat16 parts of each number; weights
 // folded beforehand.
 #include "checked.h"
 #include "vote_cpu.h"
@@ -34,29 +34,20 @@ VoteSplitLocations vote_split_kernel() {
   return nullptr;
 }
 
-VoteFloat32Locations vote_float32_kernel() {
-#ifdef DMV_X86
-  if (allowed(Isa::avx512)) return vote_float32_avx512();
-  if (allowed(Isa::avx2)) return vote_float32_avx2();
-#endif
-  return vote_float32_generic();
-}
-
 bool vote_cpu_runs() { return vote_kernel() != nullptr; }
 bool vote_split_cpu_runs() { return vote_split_kernel() != nullptr; }
-bool vote_float32_cpu_runs() { return true; }
 
 template <class Number>
 constexpr ScalarType kTypeOf = sizeof(Number) == 2 ? ScalarType::BFloat16 : ScalarType::Float;
 
 // parts: numbers in which each weight is packed.
-template <class Number, class Weight>
+template <class Number>
 Tensor vote_by(
-    VoteLocationsOf<VotingOf<Number, Weight>> kernel, int64_t parts, const Tensor& rows, const Tensor& to_q,
+    VoteLocationsOf<VotingOf<Number>> kernel, int64_t parts, const Tensor& rows, const Tensor& to_q,
     const Tensor& q_bias, const Tensor& to_k, const Tensor& mix, const Tensor& mix_bias, const Tensor& out,
     const Tensor& out_bias, double epsilon) {
   STD_TORCH_CHECK(rows.dim() == 4 && rows.size(3) == kVoteWidth, "rows: should be (B, M, K, 64)");
-  VotingOf<Number, Weight> call;
+  VotingOf<Number> call;
   call.locations = rows.size(0) * rows.size(1);
   call.candidates = static_cast<int>(rows.size(2));
   STD_TORCH_CHECK(rows.size(2) >= 1 && rows.size(2) <= kVoteRows, "rows: its K should be 1..32");
@@ -66,18 +57,17 @@ Tensor vote_by(
   STD_TORCH_CHECK(
       width % (2 * kHeadWidth) == 0 && width >= 2 * kHeadWidth && width <= kMaxHeads * kHeadWidth,
       "q_bias: should be of 2, 4, 6 or 8 heads");
-  STD_TORCH_CHECK(!call.kAllHeads || call.heads == kMaxHeads, "q_bias: should be filled up to 8 heads");
   STD_TORCH_CHECK(
       call.value_width > 0 && call.value_width % 32 == 0, "out_bias: its length should be a multiple of 32");
-  constexpr ScalarType kWeight = kTypeOf<Weight>, kFull = ScalarType::Float;
+  constexpr ScalarType kWeight = ScalarType::BFloat16, kFull = ScalarType::Float;
   const int64_t row = parts * kVoteWidth;  // of packed weights
   call.rows = checked<Number>(rows, "rows", kTypeOf<Number>, call.locations * call.candidates * kVoteWidth);
-  call.to_q = checked<Weight>(to_q, "to_q", kWeight, width * row);
+  call.to_q = checked<uint16_t>(to_q, "to_q", kWeight, width * row);
   call.q_bias = checked<float>(q_bias, "q_bias", kFull, width);
-  call.to_k = checked<Weight>(to_k, "to_k", kWeight, width * row);
-  call.mix = checked<Weight>(mix, "mix", kWeight, (call.heads + call.kMixes) * kVoteWidth * row);
+  call.to_k = checked<uint16_t>(to_k, "to_k", kWeight, width * row);
+  call.mix = checked<uint16_t>(mix, "mix", kWeight, (call.heads + 1) * kVoteWidth * row);
   call.mix_bias = checked<float>(mix_bias, "mix_bias", kFull, kVoteWidth);
-  call.out = checked<Weight>(out, "out", kWeight, call.value_width * row);
+  call.out = checked<uint16_t>(out, "out", kWeight, call.value_width * row);
   call.out_bias = checked<float>(out_bias, "out_bias", kFull, call.value_width);
   call.epsilon = static_cast<float>(epsilon);
 
@@ -118,15 +108,6 @@ Tensor vote_split_cpu(
   return vote_by(kernel, 2, rows, to_q, q_bias, to_k, mix, mix_bias, out, out_bias, epsilon);
 }
 
-Tensor vote_float32_cpu(
-    const Tensor& rows,  // [B, M, K, C] float32
-    const Tensor& to_q,  // as above; matrices in float32, see _panels in dmv_fast/runtime/vote.py
-    const Tensor& q_bias, const Tensor& to_k, const Tensor& mix, const Tensor& mix_bias, const Tensor& out,
-    const Tensor& out_bias, double epsilon)
-{
-  return vote_by(vote_float32_kernel(), 1, rows, to_q, q_bias, to_k, mix, mix_bias, out, out_bias, epsilon);
-}
-
 }  // namespace
 }  // namespace dmv_fast
 
@@ -139,20 +120,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
       "vote_split_cpu(Tensor rows, Tensor to_q, Tensor q_bias, Tensor to_k, Tensor mix, Tensor mix_bias, Tensor out,"
       " Tensor out_bias, float epsilon) -> Tensor");
   library.def("vote_split_cpu_runs() -> bool");
-  library.def(
-      "vote_float32_cpu(Tensor rows, Tensor to_q, Tensor q_bias, Tensor to_k, Tensor mix, Tensor mix_bias, Tensor out,"
-      " Tensor out_bias, float epsilon) -> Tensor");
-  library.def("vote_float32_cpu_runs() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CPU, library) {
   library.impl("vote_cpu", TORCH_BOX(&dmv_fast::vote_cpu));
   library.impl("vote_split_cpu", TORCH_BOX(&dmv_fast::vote_split_cpu));
-  library.impl("vote_float32_cpu", TORCH_BOX(&dmv_fast::vote_float32_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CompositeExplicitAutograd, library) {
   library.impl("vote_cpu_runs", TORCH_BOX(&dmv_fast::vote_cpu_runs));
   library.impl("vote_split_cpu_runs", TORCH_BOX(&dmv_fast::vote_split_cpu_runs));
-  library.impl("vote_float32_cpu_runs", TORCH_BOX(&dmv_fast::vote_float32_cpu_runs));
 }

@@ -4,13 +4,16 @@
 //   m_i  = U x_i + mix_bias + sum over h, j of a_ihj (U_h x_j)              (mean zero over C, folded)
 //   out  = maximum over i of  out m_i / sqrt(mean m_i^2 + epsilon) + out_bias
 //
-// As each head's attention sums to one, with d_j = x_j - x_0 and `all` = U + sum over h of U_h it is
+// A candidate is x_i = w_i v_i + p, of a remembered value v_i, its weight and what the location adds for itself. So all
+// that is linear in it was found when the value was remembered: `values` hold to_q v, to_k v, U_h v and U v side by side,
+// and what is left to multiply is p, once for a location, the attention and `out`. At K = 32 these are two fifths of all
+// products. As each head's attention sums to one, with d_j = x_j - x_0 and `all` = U + sum over h of U_h it is
 //
 //   m_i  = all x_0 + mix_bias + U d_i + sum over h, j > 0 of a_ihj (U_h d_j)
 //
-// and the logits of d_j are those of x_j less the one of x_0: keys and values are needed of K - 1 candidates only,
-// which at K = 4 saves a seventh of all products. A row's numbers lie in the lanes. Of queries and keys it is number 0
-// of all 8 heads, then number 1 of all heads and so on, so that neither logits nor softmax need a sum across lanes.
+// and the logits of d_j are those of x_j less the one of x_0: keys and values are needed of K - 1 candidates only. A row's
+// numbers lie in the lanes. Of queries and keys it is number 0 of all 8 heads, then number 1 of all heads and so on, so
+// that neither logits nor softmax need a sum across lanes.
 // Wants a `Lanes` before it, and `Heads`, vectors of the 8 heads of kCandidates candidates or of a part of one's:
 //   load(p, stride)      those of a candidate at p and of the next one, `stride` numbers on
 //   load_same(p)         those at p for each candidate
@@ -22,8 +25,6 @@
 namespace dmv_fast {
 namespace {
 
-constexpr int kMatrix = kVoteWidth * kVoteWidth;
-constexpr int kQuery = kMaxHeads * kHeadWidth;
 constexpr int kKeysAtOnce = 4;
 constexpr int kMates = 2 * Heads::kCandidates;          // candidates whose logits and softmax are found together
 constexpr int kLogits = kMates * kMaxHeads;             // of mates, to a neighbour
@@ -39,17 +40,24 @@ struct Attention {
   static constexpr int kRow = kAttention, kStep = kMaxHeads;
 };
 
+// One of K: what is remembered of its value, and its weight.
+struct Candidate {
+  const float* value;
+  float weight;
+};
+
 struct alignas(64) VoteFloat32Scratch {
-  float firsts[kVoteRows * kVoteWidth];                     // x_0 of each location
-  float apart[kVoteRows * kVoteWidth];                      // d_1 .. d_K-1 of each location
+  Candidate candidates[kVoteRows];
+  float location_queries[kVoteRows * kQuery];               // of each location: to_q p + q_bias
+  float shared[kVoteRows * kVoteWidth];                     // and all p + mix_bias
+  float firsts[kVoteRows * kSpread];                        // and w_0 of what is remembered of v_0
   float queries[(kVoteRows + kMates) * kQuery];             // [candidate][C/4][8]
-  float keys[(kVoteRows + kKeysAtOnce) * kQuery];           // of `apart`
+  float keys[(kVoteRows + kKeysAtOnce) * kQuery];           // of d_1 .. d_K-1 of each location
   float logits[(kVoteRows + kKeysAtOnce) * kLogits];        // of mates: [j][kMates][8]
   float attention[(kVoteRows + kMates) * kAttention];       // [candidate][j][8]
-  float values[kMaxHeads * kValues];                        // of `apart`: a head: half of U_h d
-  float shared[kVoteRows * kVoteWidth];                     // of each location: all x_0 + mix_bias
+  float values[kMaxHeads * kValues];                        // a head: half of U_h d_j
   float mixed[kVoteRows * kVoteWidth];                      // [candidate][C]
-  float product[kVoteRows * kVoteWidth];
+  float product[kVoteRows * kColumns];
 };
 
 // x [count][C] times weights of `columns`, plus a bias -> to [count][columns].
@@ -120,43 +128,101 @@ inline void attend(int locations, int candidates, VoteFloat32Scratch& s) {
     }
 }
 
-// What all heads of each candidate hear, added to s.mixed.
-inline void listen(const Float32Voting& call, int locations, VoteFloat32Scratch& s) {
-  const int candidates = call.candidates, others = candidates - 1;
-  for (int column = 0; column < kVoteWidth; column += kColumns) {
-    for (int head = 0; head < call.heads; ++head)
-      project(
-          locations * others, s.apart, call.mix + head * kMatrix + column * kVoteWidth, kNoBias, kColumns,
-          s.values + head * kValues);
-    for (int location = 0; location < locations; ++location) {
-      float* const mixed = s.mixed + location * candidates * kVoteWidth + column;
-      multiply<Attention>(
-          candidates, s.attention + location * candidates * kAttention + kMaxHeads,
-          s.values + location * others * kColumns, others, call.heads, {mixed, kVoteWidth}, {mixed, kVoteWidth});
+// Who the candidates are, and of each location's first w_0 times all that is remembered of it.
+inline void gather(const Float32Voting& call, int64_t first, int locations, VoteFloat32Scratch& s) {
+  Candidate* candidate = s.candidates;
+  for (int64_t location = first; location < first + locations; ++location) {
+    const float *const values = call.values + location / call.queries * call.value_batch_stride;
+    const float* const scores = call.scores + location * call.candidates;
+    float sum = 0.0f;
+    for (int i = 0; i < call.candidates; ++i) sum += scores[i];
+    const float scale = static_cast<float>(call.candidates) / sum;
+    for (int i = 0; i < call.candidates; ++i) {
+      const int32_t index = call.indices[location * call.candidates + i];
+      *candidate++ = {index < 0 ? call.null_value : values + index * call.value_row_stride, scores[i] * scale};
+    }
+    const Candidate& zeroth = candidate[-call.candidates];
+    float* const to = s.firsts + (location - first) * kSpread;
+    const Vector weight = Lanes::fill(zeroth.weight);
+    for (int c = call.candidates > 1 ? kSpreadKeys : kSpreadOwn; c < kSpread; c += Lanes::kWidth)
+      Lanes::store(to + c, Lanes::multiply(weight, Lanes::load(zeroth.value + c)));
+  }
+}
+
+// put(c, weight * value - first) for the numbers from..from + count of what is remembered of a candidate.
+template <class Put>
+inline void apart(const Candidate& candidate, const float* first, int from, int count, Put&& put) {
+  const Vector weight = Lanes::fill(candidate.weight);
+  for (int c = 0; c < count; c += Lanes::kWidth)
+    put(c, Lanes::multiply_subtract(weight, Lanes::load(candidate.value + from + c), Lanes::load(first + from + c)));
+}
+
+// Queries of all candidates and keys of all but each location's first.
+inline void ask(int locations, int candidates, const float* location_queries, VoteFloat32Scratch& s) {
+  float *query = s.queries, *key = s.keys;
+  for (int location = 0; location < locations; ++location, location_queries += kQuery) {
+    const float* const first = s.firsts + location * kSpread;
+    for (int i = 0; i < candidates; ++i, query += kQuery) {
+      const Candidate& candidate = s.candidates[location * candidates + i];
+      const Vector weight = Lanes::fill(candidate.weight);
+      for (int c = 0; c < kQuery; c += Lanes::kWidth) {
+        const Vector value = Lanes::load(candidate.value + kSpreadQueries + c);
+        Lanes::store(query + c, Lanes::multiply_add(weight, value, Lanes::load(location_queries + c)));
+      }
+      if (i == 0) continue;
+      apart(candidate, first, kSpreadKeys, kQuery, [&](int c, Vector x) { Lanes::store(key + c, x); });
+      key += kQuery;
     }
   }
 }
 
-// Candidates to what is the same for a location and what sets the others apart from its first.
-inline void set_apart(const float* rows, int locations, int candidates, VoteFloat32Scratch& s) {
-  float* apart = s.apart;
-  for (int location = 0; location < locations; ++location, rows += candidates * kVoteWidth) {
-    __builtin_memcpy(s.firsts + location * kVoteWidth, rows, kVoteWidth * sizeof(float));
-    for (int i = kVoteWidth; i < candidates * kVoteWidth; i += Lanes::kWidth, apart += Lanes::kWidth)
-      Lanes::store(apart, Lanes::subtract(Lanes::load(rows + i), Lanes::load(rows + i % kVoteWidth)));
+// s.mixed before anything is heard: all x_0 + mix_bias + U d_i.
+inline void begin_mixed(int locations, int candidates, const float* shared, VoteFloat32Scratch& s) {
+  float* to = s.mixed;
+  for (int location = 0; location < locations; ++location, shared += kVoteWidth) {
+    const float* const first = s.firsts + location * kSpread;
+    const float* const own = to;
+    for (int c = 0; c < kVoteWidth; c += Lanes::kWidth) {
+      Vector sum = Lanes::add(Lanes::load(shared + c), Lanes::load(first + kSpreadOwn + c));
+      const float* heard = first + kSpreadHeard + c / kColumns * kMaxHeads * kColumns + c % kColumns;
+      for (int head = 0; head < kMaxHeads; ++head) sum = Lanes::add(sum, Lanes::load(heard + head * kColumns));
+      Lanes::store(to + c, sum);
+    }
+    for (int i = 1; i < candidates; ++i)
+      apart(s.candidates[location * candidates + i], first, kSpreadOwn, kVoteWidth, [&](int c, Vector x) {
+        Lanes::store(to + i * kVoteWidth + c, Lanes::add(Lanes::load(own + c), x));
+      });
+    to += candidates * kVoteWidth;
   }
 }
 
-// s.mixed before anything is heard: of d_i (s.product) and of the location.
-inline void begin_mixed(int locations, int candidates, VoteFloat32Scratch& s) {
-  const float* own = s.product;
-  float* to = s.mixed;
-  for (int location = 0; location < locations; ++location) {
-    const float* const shared = s.shared + location * kVoteWidth;
-    for (int c = 0; c < kVoteWidth; ++c) *to++ = shared[c];
-    for (int i = 1; i < candidates; ++i)
-      for (int c = 0; c < kVoteWidth; ++c) *to++ = shared[c] + *own++;
+// What all heads of each candidate hear, added to s.mixed.
+inline void listen(int locations, int candidates, VoteFloat32Scratch& s) {
+  const int others = candidates - 1;
+  for (int column = 0; column < kVoteWidth; column += kColumns) {
+    float* value = s.values;
+    for (int location = 0; location < locations; ++location)
+      for (int i = 1; i < candidates; ++i, value += kColumns)
+        apart(
+            s.candidates[location * candidates + i], s.firsts + location * kSpread, kSpreadHeard + column * kMaxHeads,
+            kMaxHeads * kColumns, [&](int c, Vector x) { Lanes::store(value + c / kColumns * kValues + c % kColumns, x); });
+    for (int location = 0; location < locations; ++location) {
+      float* const mixed = s.mixed + location * candidates * kVoteWidth + column;
+      multiply<Attention>(
+          candidates, s.attention + location * candidates * kAttention + kMaxHeads,
+          s.values + location * others * kColumns, others, kMaxHeads, {mixed, kVoteWidth}, {mixed, kVoteWidth});
+    }
   }
+}
+
+// s.mixed of locations of one candidate, which hears nobody: U x + mix_bias.
+inline void alone(int locations, const float* shared, VoteFloat32Scratch& s) {
+  for (int location = 0; location < locations; ++location)
+    for (int c = 0; c < kVoteWidth; c += Lanes::kWidth) {
+      const int at = location * kVoteWidth + c;
+      Lanes::store(
+          s.mixed + at, Lanes::add(Lanes::load(shared + at), Lanes::load(s.firsts + location * kSpread + kSpreadOwn + c)));
+    }
 }
 
 // Layer norm over C of s.mixed, whose rows have mean zero already (folded), in place.
@@ -199,26 +265,28 @@ inline void pool(const Float32Voting& call, int64_t first, int locations, VoteFl
 
 void vote_locations(const Float32Voting& call, int64_t first, int64_t last) {
   VoteFloat32Scratch s;
-  const int together = call.locations_together(), candidates = call.candidates;
-  const float *const itself = call.mix + call.heads * kMatrix, *const all = itself + kMatrix;
-  for (int64_t location = first; location < last; location += together) {
-    const int locations = static_cast<int>(location + together < last ? together : last - location);
-    const int rows = locations * candidates, others = rows - locations;
-    const float* const x = call.rows + location * candidates * kVoteWidth;
-    if (candidates == 1) {  // nobody to hear: only the part on the candidate itself
-      project(rows, x, itself, call.mix_bias, kVoteWidth, s.mixed);
-    } else {
-      set_apart(x, locations, candidates, s);
-      project(rows, x, call.to_q, call.q_bias, kQuery, s.queries);
-      project(others, s.apart, call.to_k, kNoBias, kQuery, s.keys);
-      attend(locations, candidates, s);
-      project(locations, s.firsts, all, call.mix_bias, kVoteWidth, s.shared);
-      project(others, s.apart, itself, kNoBias, kVoteWidth, s.product);
-      begin_mixed(locations, candidates, s);
-      listen(call, locations, s);
+  const int together = call.locations_together(), block = kVoteRows / together * together;
+  const float* const mix = call.mix + (call.candidates > 1) * kVoteWidth * kVoteWidth;
+  for (int64_t begin = first, end; begin < last; begin = end) {
+    end = begin + block < last ? begin + block : last;
+    const float* const parts = call.query_part + begin * kVoteWidth;
+    project(end - begin, parts, mix, call.mix_bias, kVoteWidth, s.shared);
+    if (call.candidates > 1) project(end - begin, parts, call.to_q, call.q_bias, kQuery, s.location_queries);
+    for (int64_t location = begin; location < end; location += together) {
+      const int locations = static_cast<int>(location + together < end ? together : end - location);
+      const float* const shared = s.shared + (location - begin) * kVoteWidth;
+      gather(call, location, locations, s);
+      if (call.candidates == 1) {
+        alone(locations, shared, s);
+      } else {
+        ask(locations, call.candidates, s.location_queries + (location - begin) * kQuery, s);
+        attend(locations, call.candidates, s);
+        begin_mixed(locations, call.candidates, shared, s);
+        listen(locations, call.candidates, s);
+      }
+      normalise(locations * call.candidates, call.epsilon, s);
+      pool(call, location, locations, s);
     }
-    normalise(rows, call.epsilon, s);
-    pool(call, location, locations, s);
   }
 }
 

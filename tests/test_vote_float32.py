@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from threads import on_threads
-from vote_cases import C, error, exactly, fused_float32, make_weights, offset_logits
+from vote_cases import C, as_candidates, error, exactly, fused_float32, make_weights, offset_logits
 
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.ops import available_backends
+from dmv_fast.ops.gather import gather_reference
 from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.network import FastNetwork
-from dmv_fast.runtime.vote import _float32_vote, vote_plain
+from dmv_fast.runtime.vote import Chosen, RowVote, SpreadVote, fused_vote, vote_plain
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -106,6 +107,38 @@ def test_any_number_of_threads_gives_the_same_bits(isa, k):
     assert torch.equal(shared, alone)
 
 
+def some_memory(batch: int, locations: int, k: int) -> Chosen:
+    """Values, what each location adds, and candidates of unlike scores, the null column's among them."""
+    torch.manual_seed(1)
+    indices = torch.randint(-1, 50, (batch, locations, k), dtype=torch.int32)
+    return Chosen(torch.randn(batch, 50, C), torch.randn(batch, locations, C), indices, torch.rand(indices.shape))
+
+
+@pytest.mark.parametrize("batch, locations, k", [(1, 70, 1), (2, 37, 2), (3, 45, 4), (1, 33, 9), (2, 5, 32)])
+def test_candidates_of_a_memory(isa, batch, locations, k):
+    """As gathered first: weighted, with the location's part, and the null column's value."""
+    weights = make_weights()._replace(null=torch.randn(C))
+    values, query_part, indices, scores = some_memory(batch, locations, k)
+    rows = gather_reference(
+        values.double(), weights.null.double(), query_part.double(), indices, scores.double()
+    )
+    vote, found = SpreadVote(weights), torch.empty(batch, locations, 256)
+    vote(vote.gather(vote.store(values), query_part, indices, scores), found)
+    assert error(found, exactly(rows, weights)) < 3e-6
+
+
+def test_more_room_in_the_memory_than_values(isa):
+    """Rows of any stride, and what lies behind the last value is not read."""
+    vote = SpreadVote(make_weights())
+    values, *candidates = some_memory(2, 9, 4)
+    expected, found = torch.empty(2, 2, 9, 256)
+    vote(vote.gather(vote.store(values), *candidates), expected)
+    room = torch.full((2, 64, vote.width + 16), torch.nan)
+    room[:, :50, : vote.width] = vote.store(values)
+    vote(vote.gather(room[..., : vote.width], *candidates), found)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_network_of_float32_votes_by_it(monkeypatch, split):
     """One of bfloat16 parts, too, where there is no AMX."""
@@ -113,47 +146,49 @@ def test_network_of_float32_votes_by_it(monkeypatch, split):
     torch.manual_seed(0)
     model = DMV(DMVConfig()).eval().requires_grad_(False)
     net = FastNetwork(model, dtype=torch.float32, device=CPU, backend="auto", split=split)
+    assert isinstance(net._vote, SpreadVote) and net.value_width == 13 * C
     rows, maps = torch.randn(1, 256, 4, C), net.new_maps(1)
-    net.vote(maps, rows)
+    net.vote(maps, as_candidates(net._vote, rows))
     found = maps.flatten(1, 2)[..., model.config.key_dim :]
-    assert torch.equal(found, _float32_vote(fold_vote(model.read))(rows))
+    torch.testing.assert_close(found, vote_plain(rows, fold_vote(model.read)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_another_backend_gathers_rows(backend):
+    vote = fused_vote(make_weights(), torch.float32, CPU, backend=backend)
+    assert isinstance(vote, RowVote if backend == "reference" else SpreadVote)
+
+
+GOOD = {
+    "values": torch.zeros(1, 7, 13 * C), "null_value": torch.zeros(13 * C), "query_part": torch.zeros(1, 9, C),
+    "indices": torch.zeros(1, 9, 4, dtype=torch.int32), "scores": torch.ones(1, 9, 4),
+    "to_q": torch.zeros(128 * C), "q_bias": torch.zeros(128), "mix": torch.zeros(2 * C * C),
+    "mix_bias": torch.zeros(C), "out": torch.zeros(32 * C), "out_bias": torch.zeros(32),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "rows, message",
+    "name, bad, message",
     [
-        (torch.randn(1, 9, 4, 32), r"rows: should be \(B, M, K, 64\)"),
-        (torch.randn(1, 9, 33, C), "rows: its K should be 1..32"),
-        (torch.randn(1, 9, 4, C).bfloat16(), "rows: should be contiguous float32 of 2304 elements"),
-        (torch.randn(1, 4, 9, C).transpose(1, 2), "rows: should be contiguous float32 of 2304 elements"),
+        ("values", torch.zeros(1, 7, C), r"it must be float32 \(B, N, 832\)"),
+        ("values", GOOD["values"].double(), r"it must be float32 \(B, N, 832\)"),
+        ("values", torch.zeros(1, 13 * C, 7).mT, ".* rows contiguous"),
+        ("null_value", torch.zeros(C), "should be contiguous float32 of 832 elements"),
+        ("query_part", torch.zeros(1, 8, C), "should be contiguous float32 of 576 elements"),
+        ("indices", torch.zeros(1, 9, 33, dtype=torch.int32), r"it must be \(B, M, K\), K 1..32"),
+        ("indices", torch.zeros(2, 9, 4, dtype=torch.int32), r"it must be \(B, M, K\)"),
+        ("indices", torch.zeros(1, 9, 4), "it must be contiguous int32"),
+        ("indices", torch.full((1, 9, 4), 7, dtype=torch.int32), "they must lie in -1..N-1"),
+        ("indices", torch.full((1, 9, 4), -2, dtype=torch.int32), "they must lie in -1..N-1"),
+        ("scores", torch.ones(1, 9, 3), "should be contiguous float32 of 36 elements"),
+        ("to_q", torch.zeros(8192).bfloat16(), "should be contiguous float32 of 8192 elements"),
+        ("q_bias", torch.zeros(64), "should be contiguous float32 of 128 elements"),
+        ("mix", torch.zeros(4096), "should be contiguous float32 of 8192 elements"),
+        ("out", torch.zeros(4096), "should be contiguous float32 of 2048 elements"),
+        ("out_bias", torch.zeros(48), "its length must be a multiple of 32"),
     ],
 )
-def test_bad_rows(rows, message):
-    with pytest.raises(RuntimeError, match=message):
-        _float32_vote(make_weights())(rows)
-
-
-@pytest.mark.parametrize(
-    "at, bad, message",
-    [
-        (1, torch.zeros(8192).bfloat16(), "to_q: should be contiguous float32 of 8192 elements"),
-        (2, torch.zeros(64), "q_bias: should be filled up to 8 heads"),
-        (2, torch.zeros(160), "q_bias: should be of 2, 4, 6 or 8 heads"),
-        (3, torch.zeros(4096), "to_k: should be contiguous float32 of 8192 elements"),
-        (4, torch.zeros(9 * 4096), "mix: should be contiguous float32 of 40960 elements"),
-        (6, torch.zeros(4096), "out: should be contiguous float32 of 2048 elements"),
-        (7, torch.zeros(48), "out_bias: its length should be a multiple of 32"),
-    ],
-)
-def test_bad_weights(at, bad, message):
-    width = 128
-    arguments = [
-        torch.zeros(1, 9, 4, C),
-        torch.zeros(width * C), torch.zeros(width), torch.zeros(width * C),
-        torch.zeros(10 * C * C), torch.zeros(C),
-        torch.zeros(32 * C), torch.zeros(32),
-    ]  # fmt: skip
-    torch.ops.dmv_fast.vote_float32_cpu(*arguments, 1e-5)
-    arguments[at] = bad
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.dmv_fast.vote_float32_cpu(*arguments, 1e-5)
+def test_bad_arguments(name, bad, message):
+    torch.ops.dmv_fast.vote_float32_cpu(*GOOD.values(), 1e-5)
+    with pytest.raises(RuntimeError, match=f"{name}: {message}"):
+        torch.ops.dmv_fast.vote_float32_cpu(*{**GOOD, name: bad}.values(), 1e-5)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmv_fast.runtime.fold import VoteWeights
-from dmv_fast.runtime.vote import fused_vote, vote_plain
+from dmv_fast.runtime.vote import Chosen, RowVote, SpreadVote, fused_vote, vote_plain
 
 C = 64
 
@@ -31,11 +31,22 @@ def offset_logits(offset: float, k: int) -> tuple[Tensor, VoteWeights]:
     return rows, weights
 
 
+def as_candidates(vote: RowVote | SpreadVote, rows: Tensor) -> Tensor | Chosen:
+    """Rows (B, M, K, C) the way that vote takes them: values of weight 1, and nothing of their locations."""
+    if isinstance(vote, RowVote):
+        return rows
+    batch, locations, k, _ = rows.shape
+    indices = torch.arange(locations * k, dtype=torch.int32).view(1, locations, k).repeat(batch, 1, 1)
+    nothing, alike = torch.zeros(batch, locations, C), torch.ones(batch, locations, k)
+    return vote.gather(vote.store(rows.flatten(1, 2)), nothing, indices, alike)
+
+
 def fused_float32(rows: Tensor, weights: VoteWeights, *, split: bool = False) -> Tensor:
     """By fused_vote, into room with neighbours, which has to leave those alone."""
     width = len(weights.out)
     room = torch.full((*rows.shape[:2], width + 44), torch.nan)
-    fused_vote(weights, torch.float32, torch.device("cpu"), split=split)(rows, room[..., 44:])
+    vote = fused_vote(weights, torch.float32, torch.device("cpu"), split=split)
+    vote(as_candidates(vote, rows), room[..., 44:])
     assert room[..., :44].isnan().all()
     return room[..., 44:]
 

@@ -17,7 +17,7 @@ from dmv_fast.runtime.convolution import Convolution, Where, padding_of, run_cha
 from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.rows import Projection, with_length
 from dmv_fast.runtime.trunk import Trunk
-from dmv_fast.runtime.vote import fused_vote
+from dmv_fast.runtime.vote import Chosen, fused_vote
 from dmv_fast.vision.crop import normalise
 
 if TYPE_CHECKING:
@@ -78,8 +78,9 @@ class PlainNetwork:
 class FastNetwork:
     """The folded network, equal to the reference within the rounding of its `dtype`.
 
-    The memory holds values as the voting net reads them: C wide, projected once, when written. The last V
-    channels of its maps are room for what is retrieved, so that the head reads both as one map.
+    The memory holds values as the voting net reads them: C wide, projected once, when written, or all that
+    it makes of them (see SpreadVote). The last V channels of its maps are room for what is retrieved, so that
+    the head reads both as one map.
 
     split: of float32, make large products of bfloat16 ones, of two parts of each number (see Convolution).
     Keys are stored packed for the processor (ops.packed): with `split` where there is AMX, in any case where
@@ -93,7 +94,6 @@ class FastNetwork:
         self.dtype, self.device, self._backend = dtype, device, backend
         where = Where(dtype=dtype, device=device)
         weights = fold_vote(model.read)
-        self.value_width = weights.value_in.shape[0]
         self._cosine = model.read.similarity == "cosine"
         self._pack_keys = (
             (dtype, device.type) == (torch.float32, "cpu")
@@ -104,8 +104,8 @@ class FastNetwork:
         depth = model.config.key_dim
         self.key_width, self.key_dtype = packed_width(depth) if self._pack_keys else (depth, dtype)
         self._trunk = Trunk(model.backbone, split=split, **where)
-        self._vote = fused_vote(weights, split=split, **where)
-        self._null = weights.null.to(device, dtype)
+        self._vote = fused_vote(weights, split=split, backend=backend, **where)
+        self.value_width = self._vote.width
         self._query_in = Projection(weights.query_in, weights.query_bias, **where)
         self._temperature = float(model.read.log_temperature.exp())  # used by "cosine" alone
         self._head, bias = _fold_head(model.head, split=split, **where)
@@ -138,13 +138,14 @@ class FastNetwork:
             return retrieve_packed(query, keys, k, valid=valid)
         return ops.retrieve(query, keys, k, valid=valid, backend=self._backend)
 
-    def gather(self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
-        """Their values and the location's own part: (B, M, K, C), by ops.gather_candidates."""
-        query_part = self._query_in(self._features(maps))
-        return ops.gather_candidates(values, self._null, query_part, indices, scores, backend=self._backend)
+    def gather(
+        self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor
+    ) -> Tensor | Chosen:
+        """The candidates, weighted and with the location's own part, as the vote takes them."""
+        return self._vote.gather(values, self._query_in(self._features(maps)), indices, scores)
 
-    def vote(self, maps: Tensor, candidates: Tensor) -> None:
-        """Candidates (B, M, K, C) agree on one value, put behind the features."""
+    def vote(self, maps: Tensor, candidates: Tensor | Chosen) -> None:
+        """Candidates agree on one value, put behind the features."""
         self._vote(candidates, maps.flatten(1, 2)[..., self.model.config.key_dim :])
 
     def head(self, maps: Tensor) -> Prediction:
@@ -161,7 +162,7 @@ class FastNetwork:
         scores = scores.masked_fill(scores < ValueEncoder.score_floor, 0.0)
         soft = torch.cat([scores, deltas.flatten(1, 2)], 1).permute(0, 2, 3, 1).to(self.dtype)
         soft = F.pad(soft, (0, -(features.shape[-1] + soft.shape[-1]) % 32))
-        values = self._encoder(torch.cat([features, soft], -1).permute(0, 3, 1, 2))
+        values = self._vote.store(self._encoder(torch.cat([features, soft], -1).permute(0, 3, 1, 2)))
         keys = self._with_length(features.flatten(1, 2), 1.0)
         return pack_keys(keys) if self._pack_keys else keys, values
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmv_fast import ops
 from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
@@ -41,31 +43,115 @@ def _heard(rows: Tensor, weights: VoteWeights) -> Tensor:
     return (attention @ rows.unsqueeze(2)).transpose(2, 3).flatten(3)
 
 
-def fused_vote(
-    weights: VoteWeights, dtype: torch.dtype, device: torch.device, *, split: bool = False
-) -> Callable[[Tensor, Tensor], object]:
-    """The voting function of this device, its weights brought into its layout.
+class RowVote:
+    """Candidates are gathered as rows, as wide as the memory's values, and vote afterwards.
 
-    Called with rows (B, M, K, C) and where the retrieved values go: (B, M, V), rows of any stride.
+    run: rows (B, M, K, C) and where the retrieved values go, (B, M, V), rows of any stride.
+    """
+
+    def __init__(self, run: Callable[[Tensor, Tensor], object], null: Tensor, backend: str):
+        self._run, self._null, self._backend = run, null, backend
+        self.width = len(null)
+
+    def store(self, values: Tensor) -> Tensor:
+        """Values (B, M, C) as the memory keeps them: (B, M, width)."""
+        return values
+
+    def gather(self, values: Tensor, query_part: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
+        """values (B, N, width), else as ops.gather_candidates -> what a call takes."""
+        return ops.gather_candidates(
+            values, self._null, query_part, indices, scores, backend=self._backend
+        )
+
+    def __call__(self, rows: Tensor, out: Tensor) -> None:
+        """What was gathered -> retrieved values out (B, M, V), rows of any stride."""
+        self._run(rows, out)
+
+
+class Chosen(NamedTuple):
+    """Candidates that stay where they are; see ops.gather_candidates."""
+
+    values: Tensor
+    query_part: Tensor
+    indices: Tensor
+    scores: Tensor
+
+
+class SpreadVote:
+    """The memory holds all that the voting net makes of a value by itself, in float32 on a CPU.
+
+    A candidate is a weighted value and what its location adds, so every projection of it is the weighted
+    projection of the value, found when that was written, and the location's: at K = 32 three fifths of the
+    vote's products are not made in a frame. 13 C numbers a value, for C.
+    """
+
+    def __init__(self, weights: VoteWeights):
+        self._spread = spread_rows(weights)
+        self._null = self._spread @ weights.null
+        self.width = len(self._spread)
+        *heads, itself = weights.mix.double().split(_FUSED_WIDTH, 1)
+        mix = torch.cat([itself, itself + sum(heads)]).float()
+        q_bias = _by_number(weights.q_bias, weights.heads)
+        self._weights = (
+            _panels(self._spread[: len(q_bias)]), q_bias, _panels(mix), weights.mix_bias,
+            _panels(weights.out), weights.out_bias, weights.epsilon,
+        )  # fmt: skip
+
+    def store(self, values: Tensor) -> Tensor:
+        """As RowVote's."""
+        return F.linear(values, self._spread)
+
+    def gather(self, values: Tensor, query_part: Tensor, indices: Tensor, scores: Tensor) -> Chosen:
+        """As RowVote's; nothing is read yet."""
+        return Chosen(values, query_part, indices, scores)
+
+    def __call__(self, chosen: Chosen, out: Tensor) -> None:
+        """As RowVote's."""
+        values, *candidates = chosen
+        run = torch.ops.dmv_fast.vote_float32_cpu.default
+        out.copy_(run(values, self._null, *candidates, *self._weights))
+
+
+def spread_rows(weights: VoteWeights) -> Tensor:
+    """What the float32 vote makes of a value: (13 C, C), in the order of csrc/vote_cpu.h.
+
+    Queries and keys; what each head passes on, half of its numbers after the other; the value itself.
+    """
+    *heads, itself = weights.mix.split(_FUSED_WIDTH, 1)
+    absent = [torch.zeros_like(itself)] * (_FUSED_HEADS - weights.heads)
+    heard = torch.stack([*heads, *absent]).unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
+    asked = [_by_number(x, weights.heads) for x in (weights.to_q, weights.to_k)]
+    return torch.cat([*asked, heard, itself]).contiguous()
+
+
+def fused_vote(
+    weights: VoteWeights, dtype: torch.dtype, device: torch.device, *, split: bool = False,
+    backend: str = "auto",
+) -> RowVote | SpreadVote:  # fmt: skip
+    """The vote of this device, its weights brought into its layout.
+
     split: of float32, products made of two bfloat16 parts of each number where the processor has AMX.
+    backend: of the gather.
     """
     width, value_width = weights.mix.shape[0], weights.out.shape[0]
     fits = width == _FUSED_WIDTH and value_width % 32 == 0 and weights.heads in (2, 4, 6, 8)
     half = fits and dtype != torch.float32
+    on_cpu = device.type == "cpu" and not hardware.on_gpu(device)
+    run: Callable[[Tensor], Tensor]
     if half and hardware.triton_runs(device):
         from dmv_fast.kernels.vote import make_vote
 
-        return make_vote(weights, dtype, device)
-    if half and dtype == torch.bfloat16 and device.type == "cpu" and cpu_kernel_runs("vote_cpu"):
+        return RowVote(make_vote(weights, dtype, device), weights.null.to(device, dtype), backend)
+    if half and dtype == torch.bfloat16 and on_cpu and cpu_kernel_runs("vote_cpu"):
         run = _cpu_vote(weights)
-    elif fits and split and not half and device.type == "cpu" and cpu_kernel_runs("vote_split_cpu"):
+    elif fits and split and not half and on_cpu and cpu_kernel_runs("vote_split_cpu"):
         run = _split_vote(weights)
-    elif fits and not half and device.type == "cpu" and cpu_kernel_runs("vote_float32_cpu"):
-        run = _float32_vote(weights)
+    elif fits and not half and on_cpu and backend in ("auto", "cpu") and cpu_kernel_runs("vote_float32_cpu"):
+        return SpreadVote(weights)
     else:
         local = VoteWeights._make(w.to(device, dtype) if isinstance(w, Tensor) else w for w in weights)
         run = functools.partial(vote_plain, weights=local)
-    return lambda rows, out: out.copy_(run(rows))
+    return RowVote(lambda rows, out: out.copy_(run(rows)), weights.null.to(device, dtype), backend)
 
 
 def _cpu_vote(weights: VoteWeights) -> Callable[[Tensor], Tensor]:
@@ -89,17 +175,6 @@ def _tiles_of_parts(weight: Tensor) -> Tensor:
     """(out, in) -> bfloat16 (out / 32, in / 32, parts, 2, 16, 16, 2): tiles of 32 in, in pairs, by 16 out."""
     blocks = bfloat16_parts(weight).view(2, len(weight) // 32, 2, 16, -1, 16, 2)
     return blocks.permute(1, 4, 0, 2, 5, 3, 6).contiguous()
-
-
-def _float32_vote(weights: VoteWeights) -> Callable[[Tensor], Tensor]:
-    run = torch.ops.dmv_fast.vote_float32_cpu.default
-    *heads, itself = weights.mix.split(_FUSED_WIDTH, 1)
-    absent = [torch.zeros_like(itself)] * (_FUSED_HEADS - weights.heads)
-    together = weights.mix.double().unflatten(1, (-1, _FUSED_WIDTH)).sum(1).float()
-    mix = torch.cat([*heads, *absent, itself, together])
-    to_q, q_bias, to_k = (_by_number(x, weights.heads) for x in (weights.to_q, weights.q_bias, weights.to_k))
-    packed = _panels(to_q), q_bias, _panels(to_k), _panels(mix), weights.mix_bias, _panels(weights.out)
-    return lambda rows: run(rows, *packed, weights.out_bias, weights.epsilon)
 
 
 def _by_number(weight: Tensor, heads: int) -> Tensor:
