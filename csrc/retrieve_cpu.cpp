@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor> retrieve_split_cpu(
 // Float32 numbers with a bfloat16 copy before them, which tells which of them matter, see dmv_fast/ops/packed.py.
 std::tuple<Tensor, Tensor> retrieve_screened_cpu(
     const Tensor& query,                 // [B, M, 3 D] bfloat16, D a multiple of 32, else as above
-    const Tensor& keys,                  // [B, N, 3 D]
+    const Tensor& keys,                  // [B, N, 3 D], N a multiple of 32 and contiguous along it
     int64_t k,
     const std::optional<Tensor>& valid)  // [B] int32
 {
@@ -167,7 +167,9 @@ std::tuple<Tensor, Tensor> retrieve_screened_cpu(
   STD_TORCH_CHECK(
       query.scalar_type() == ScalarType::BFloat16 && query.dim() == 3 && query.size(2) % 96 == 0,
       "query: should be bfloat16 (B, M, 3 D), D a multiple of 32");
-  STD_TORCH_CHECK(keys.dim() == 3 && keys.stride(1) % 2 == 0, "keys: should be (B, N, 3 D), an even number apart");
+  STD_TORCH_CHECK(
+      keys.dim() == 3 && keys.size(1) % 32 == 0 && keys.stride(1) == keys.size(2),
+      "keys: should be (B, N, 3 D), N a multiple of 32, without gaps between them");
   return retrieve_by(kernel, query, keys, k, valid, 3 * kMaxDepth, 1);
 }
 

@@ -51,6 +51,10 @@ bool needs_packing(int64_t depth) {
   return sizeof(Source) != sizeof(typename Product::Element) || depth % Product::kDepthStep != 0;
 }
 
+// Whether the memory has room for whole blocks, so that the last one is read where it lies, with anything behind its end.
+template <class Product>
+constexpr bool kWholeBlocks = false;
+
 // Keys begin..end, read where they lie; what needs packing, or is no whole block, is packed first.
 template <class Product, class Source>
 struct Chunk {
@@ -63,7 +67,8 @@ struct Chunk {
   Chunk(const Retrieval& call, const Source* memory, int64_t begin, int64_t end, Element* packed)
       : memory(memory), memory_stride(call.key_row_stride), packed(packed), begin(begin), end(end) {
     depth = rounded_up(call.depth, Product::kDepthStep);
-    packed_from = needs_packing<Product, Source>(call.depth) ? begin : end - (end - begin) % kBlock;
+    const int64_t partial = kWholeBlocks<Product> ? 0 : (end - begin) % kBlock;
+    packed_from = needs_packing<Product, Source>(call.depth) ? begin : end - partial;
     if (packed_from < end)
       pack_rows(memory + packed_from * memory_stride, memory_stride, end - packed_from, call.depth, depth, packed);
   }
@@ -140,7 +145,10 @@ struct Pass {
   }
 
  private:
-  void refine(float* block, int64_t key) { screen.refine(state, chunk, key, queries, block); }
+  void refine(float* block, int64_t key) {
+    cut_off(block, key);
+    screen.refine(state, chunk, key, queries, block);
+  }
   uint32_t select_group(const float* block, int group) {
     return uint32_t(accumulate(running, block + group * kGroup * kTile)) << group;
   }
@@ -149,9 +157,12 @@ struct Pass {
     append(state, pending, block, found, static_cast<int32_t>(key), k);
     running.load_threshold(state);
   }
-  // Past the chunk's last key logits become -inf, which no sum and no list notices.
-  void select(float* block, int64_t key) {
+  // Past the chunk's last key logits become -inf, which no screen, no sum and no list notices.
+  void cut_off(float* block, int64_t key) {
     for (int64_t i = (chunk.end - key) * kTile; i < kBlock * kTile; ++i) block[i] = -__builtin_inff();
+  }
+  void select(float* block, int64_t key) {
+    cut_off(block, key);  // once more: a screen may have multiplied the block anew
     uint32_t found = 0;
     for (int group = 0; group < kGroups; ++group) found |= select_group(block, group);
     note(block, key, found);

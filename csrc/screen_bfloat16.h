@@ -1,5 +1,6 @@
-// Float32 retrieval at about the price of bfloat16. Rows hold their numbers twice, rounded to bfloat16 and as they are
-// (dmv_fast/ops/packed.py), so packed queries do too: [D / 2][kTile] pairs, then [D][kTile] float32. All keys are
+// Float32 retrieval at about the price of bfloat16. Numbers are there twice, rounded to bfloat16 and as they are
+// (dmv_fast/ops/packed.py): of a query in its row, so packed queries have [D / 2][kTile] pairs, then [D][kTile] float32; of
+// keys in blocks, [kBlock][D] bfloat16, then [kBlock][D] float32, as what is streamed has to lie side by side. All keys are
 // multiplied in bfloat16. That is off by at most
 //   |q.k - q0.k0| <= |q0||k - k0| + |q - q0||k| <= (2 u + u^2) |q0||k0|
 // (Cauchy-Schwarz), as rounding changes a number by u = 2^-8 of what it becomes at most. So a key whose q0.k0 lies more
@@ -12,16 +13,18 @@ namespace {
 
 constexpr float kMostOff = 1.02f * 0x1p-7f;  // 2 u + u^2, and what up to 2 x 512 additions in float32 round off
 
-// The bfloat16 third of such rows.
+// The bfloat16 third of a block. depth: of a row, in the room of bfloat16 numbers.
 struct ProductRounded : ProductBFloat16 {
   static constexpr int64_t kDepthStep = 96;
 
   template <class Between>
   static void block(
-      const uint16_t* rows, int64_t stride, const uint16_t* queries, int64_t depth, float* logits, Between&& between) {
-    ProductBFloat16::block(rows, stride, queries, depth / 3, logits, between);
+      const uint16_t* rows, int64_t, const uint16_t* queries, int64_t depth, float* logits, Between&& between) {
+    ProductBFloat16::block(rows, depth / 3, queries, depth / 3, logits, between);
   }
 };
+template <>
+constexpr bool kWholeBlocks<ProductRounded> = true;
 
 // |row| in bfloat16, a little more of one whose squares underflow.
 inline float length_of(const uint16_t* row, int64_t depth) {
@@ -42,8 +45,9 @@ inline float product_of(const float* a, const float* b, int64_t depth) {
   return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
 }
 
-inline const float* float32_part(const uint16_t* row, int64_t depth) {
-  return reinterpret_cast<const float*>(row + depth);
+// Behind so many bfloat16 numbers.
+inline const float* float32_part(const uint16_t* rows, int64_t numbers) {
+  return reinterpret_cast<const float*>(rows + numbers);
 }
 
 // Of a tile's queries.
@@ -57,8 +61,9 @@ struct RoundedScreen {
 
     template <class Chunk>
     explicit Reach(const Chunk& chunk) {
+      const int64_t depth = chunk.depth / 3;
       for (int64_t key = chunk.begin; key < chunk.end; ++key) {
-        const float here = length_of(chunk.row(key), chunk.depth / 3);
+        const float here = length_of(chunk.row(key - key % kBlock) + key % kBlock * depth, depth);
         length = here <= length ? length : here == here ? here : __builtin_inff();
       }
     }
@@ -100,24 +105,23 @@ struct RoundedScreen {
       load_highest(highest, logits + group * kGroup * kTile);
       groups |= uint32_t(Lanes::any_above(highest, bound)) << group;
     }
-    if (groups) multiply(bound, groups, chunk.row(key), chunk.stride(key), queries, chunk.depth / 3, logits);
+    if (groups) multiply(bound, groups, chunk.row(key), queries, chunk.depth / 3, logits);
   }
 
  private:
   __attribute__((noinline)) void multiply(
-      const typename Lanes::Vector (&bound)[kVectors], uint32_t groups, const uint16_t* keys, int64_t key_stride,
-      const uint16_t* queries, int64_t depth, float* logits) const {
+      const typename Lanes::Vector (&bound)[kVectors], uint32_t groups, const uint16_t* block, const uint16_t* queries,
+      int64_t depth, float* logits) const {
+    const float* const keys = float32_part(block, kBlock * depth);
     int32_t places[kMaxPlaces];
     const int found = list_places(logits, groups, bound, places);
     if (found > kMany) {
-      ProductFloat32::block(
-          float32_part(keys, depth), key_stride / 2, float32_part(queries, depth * kTile), depth, logits, [](int) {});
+      ProductFloat32::block(keys, depth, float32_part(queries, kTile * depth), depth, logits, [](int) {});
       return;
     }
     for (int i = 0; i < found; ++i) {
       const uint16_t* const query = rows + places[i] % kTile * stride;
-      const uint16_t* const key = keys + places[i] / kTile * key_stride;
-      logits[places[i]] = product_of(float32_part(query, depth), float32_part(key, depth), depth);
+      logits[places[i]] = product_of(float32_part(query, depth), keys + places[i] / kTile * depth, depth);
     }
   }
 };

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dmv_fast import ops
 from dmv_fast.ops.packed import (
+    copies_before_blocks,
     from_tiles,
     pack_keys,
     packed_width,
@@ -20,8 +21,7 @@ from dmv_fast.ops.packed import (
     tiles_run,
     to_tiles,
     unpack_keys,
-    with_bfloat16_copy,
-    without_copy,
+    without_copies,
 )
 from dmv_fast.ops.parts import bfloat16_parts
 
@@ -44,10 +44,11 @@ def test_two_parts_leave_a_hundred_thousandth():
 
 
 def test_a_rounded_copy_leaves_the_numbers_as_they_are():
-    x = torch.randn(3, 64, 48).mT
-    laid = with_bfloat16_copy(x)
-    assert torch.equal(without_copy(laid), x)
-    assert torch.equal(laid[..., :32].contiguous().view(torch.bfloat16), x.bfloat16())
+    x = torch.randn(3, 64, 96).mT
+    laid = copies_before_blocks(x)
+    assert torch.equal(without_copies(laid), x)
+    copies = laid.view(torch.bfloat16).flatten(1)[:, : 32 * 64].view(3, 32, 64)
+    assert torch.equal(copies, x[:, :32].bfloat16())
 
 
 def test_keys_need_the_room_that_is_said():

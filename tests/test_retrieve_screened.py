@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dmv_fast import ops
 from dmv_fast.model.dmv import DMV, DMVConfig
-from dmv_fast.ops.packed import retrieve_packed, screening_runs, with_bfloat16_copy
+from dmv_fast.ops.packed import copies_before_blocks, retrieve_packed, screening_runs
 from dmv_fast.runtime.network import FastNetwork
 
 UNIT = 2.0**-8  # what rounding to bfloat16 changes a number by at most
@@ -28,9 +28,17 @@ def unit(*shape: int) -> Tensor:
     return F.normalize(torch.randn(shape), dim=-1)
 
 
+def retrieve(
+    query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None = None
+) -> tuple[Tensor, Tensor]:
+    """From any number of keys, in a memory of whole blocks; what follows them is no number."""
+    behind = F.pad(keys, (0, 0, 0, -keys.shape[1] % 32), value=torch.nan)
+    return retrieve_packed(query, copies_before_blocks(behind), k, valid=keys.shape[1] if valid is None else valid)
+
+
 def check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None = None) -> Tensor:
     """The set and the ratios of the scores are float32's, their common factor nearly; returns the indices."""
-    scores, indices = retrieve_packed(query, with_bfloat16_copy(keys), k, valid=valid)
+    scores, indices = retrieve(query, keys, k, valid)
     logits = exact_logits(query, keys, valid)
     exact = torch.exp(logits - logits.logsumexp(-1, keepdim=True)).gather(-1, indices.long() + 1)
     exact = exact.masked_fill(torch.arange(k) >= (logits > -torch.inf).sum(-1, keepdim=True), 0.0)
@@ -102,17 +110,17 @@ def test_rows_of_any_length(scale):
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_bad_row_keeps_to_itself(poison):
     query, keys = unit(2, 40, 64), unit(2, 1200, 64)
-    clean = retrieve_packed(query, with_bfloat16_copy(keys), 4)
+    clean = retrieve(query, keys, 4)
     bad = query.clone()
     bad[0, 7, 3] = poison
-    scores, indices = retrieve_packed(bad, with_bfloat16_copy(keys), 4)
+    scores, indices = retrieve(bad, keys, 4)
     assert scores[0, 7].isnan().any() and (indices >= -1).all() and (indices < 1200).all()
     scores[0, 7], indices[0, 7] = clean[0][0, 7], clean[1][0, 7]
     assert torch.equal(scores, clean[0]) and torch.equal(indices, clean[1])
 
     bad = keys.clone()
     bad[1, 1190, 5] = poison
-    scores, indices = retrieve_packed(query, with_bfloat16_copy(bad), 4)
+    scores, indices = retrieve(query, bad, 4)
     reached = query[1, :, 5] > 0 if poison == torch.inf else torch.ones(40, dtype=torch.bool)
     assert scores[1, reached].isnan().any(-1).all()
     assert torch.equal(scores[0], clean[0][0]) and torch.equal(indices[0], clean[1][0])
@@ -121,29 +129,31 @@ def test_a_bad_row_keeps_to_itself(poison):
 
 
 def test_same_bits_however_the_work_is_split():
-    """Neither threads, nor the tiles of a call, nor what lies behind `valid` or between rows change a bit."""
-    query, keys = 12 * unit(3, 200, 64), unit(3, 1300, 64)
-    keys[1] = keys[1, :1] + 1e-4 * torch.randn(1300, 64)
-    laid = with_bfloat16_copy(keys)
+    """Neither threads, nor the tiles of a call, nor what lies behind `valid` change a bit."""
+    query, keys = 12 * unit(3, 200, 64), unit(3, 1312, 64)
+    keys[1] = keys[1, :1] + 1e-4 * torch.randn(1312, 64)
+    laid = copies_before_blocks(keys)
     scores, indices = retrieve_packed(query, laid, 8)
     for again in on_threads((1, 2, 5), lambda: retrieve_packed(query, laid, 8)):
         assert torch.equal(again[0], scores) and torch.equal(again[1], indices)
     part = retrieve_packed(query[1:2, 64:96], laid[1:2], 8)
     assert torch.equal(part[0], scores[1:2, 64:96]) and torch.equal(part[1], indices[1:2, 64:96])
-    bank = torch.full((3, 1700, 100), torch.nan)
-    bank[:, :1300, :96] = laid
-    for limit in (1300, torch.full((3,), 1300, dtype=torch.int32)):
-        again = retrieve_packed(query, bank[..., :96], 8, valid=limit)
+    bank = torch.full((3, 1696, 96), torch.nan)
+    bank[:, :1312] = laid
+    for limit in (1312, torch.full((3,), 1312, dtype=torch.int32)):
+        again = retrieve_packed(query, bank, 8, valid=limit)
         assert torch.equal(again[0], scores) and torch.equal(again[1], indices)
 
 
 def test_wrong_rows_are_refused():
-    query, keys = unit(1, 4, 64), with_bfloat16_copy(unit(1, 64, 64))
+    query, keys = unit(1, 4, 64), copies_before_blocks(unit(1, 64, 64))
     for bad in (query[..., :48], query[0]):
         with pytest.raises(RuntimeError, match="query: should be bfloat16 .B, M, 3 D., D a multiple of 32"):
             retrieve_packed(bad, keys, 4)
     with pytest.raises(RuntimeError, match="keys: should be"):
         retrieve_packed(query, keys[..., :64], 4)
+    with pytest.raises(RuntimeError, match="keys: should be .* N a multiple of 32"):
+        retrieve_packed(query, keys[:, :40], 4)
     with pytest.raises(RuntimeError, match="valid: should lie in 0..N"):
         retrieve_packed(query, keys, 4, valid=torch.tensor([65], dtype=torch.int32))
     with pytest.raises(ValueError, match="valid: is 65, it must be 0..64"):
@@ -157,7 +167,7 @@ def test_other_instruction_sets_have_none(monkeypatch, isa):
     monkeypatch.setenv("DMV_FAST_CPU_ISA", isa)
     assert not screening_runs()
     with pytest.raises(RuntimeError, match="retrieve_screened_cpu: avx512_bf16 is not"):
-        retrieve_packed(unit(1, 1, 32), with_bfloat16_copy(unit(1, 1, 32)), 1)
+        retrieve_packed(unit(1, 1, 32), copies_before_blocks(unit(1, 32, 32)), 1)
 
 
 @pytest.fixture(scope="module")

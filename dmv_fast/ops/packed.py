@@ -4,8 +4,8 @@ Two layouts, by what the processor has:
     tiles     with AMX: each number is two of bfloat16 (`ops.parts`), keys lie as the tiles that the matrix
               unit loads, and three of the four products of parts are summed (csrc/retrieve_amx.cpp).
     screened  with AVX512_BF16 alone, where three products would take more time than float32 does: a
-              bfloat16 copy stands before each float32 key. The copies tell which few keys may be among the
-              best, and those are multiplied in float32 (csrc/screen_bfloat16.h).
+              bfloat16 copy stands before every 32 float32 keys. The copies tell which few keys may be among
+              the best, and those are multiplied in float32 (csrc/screen_bfloat16.h).
 """
 
 from __future__ import annotations
@@ -68,9 +68,22 @@ def with_bfloat16_copy(rows: Tensor) -> Tensor:
     return torch.cat([rows.bfloat16().contiguous().view(torch.float32), rows], -1)
 
 
-def without_copy(rows: Tensor) -> Tensor:
-    """What `with_bfloat16_copy` was given, in the same memory."""
-    return rows[..., rows.shape[-1] // 3 :]
+def copies_before_blocks(rows: Tensor) -> Tensor:
+    """Keys (B, N, D) float32, N a multiple of 32, D even -> (B, N, 3 D / 2): 32 copies, then the 32 as given.
+
+    So all that a frame reads of most keys lies side by side; copy by copy it took a tenth more.
+    """
+    batch, count, depth = rows.shape
+    blocks = rows.detach().float().reshape(batch, count // 32, 32, depth)
+    copies = blocks.bfloat16().contiguous().view(torch.float32)
+    return torch.cat([copies.flatten(2), blocks.flatten(2)], -1).view(batch, count, 3 * depth // 2)
+
+
+def without_copies(keys: Tensor) -> Tensor:
+    """What `copies_before_blocks` was given."""
+    batch, count, width = keys.shape
+    blocks = keys.reshape(batch, count // 32, 32 * width)
+    return blocks[..., 32 * width // 3 :].reshape(batch, count, 2 * width // 3)
 
 
 # ---- either --------------------------------------------------------------------------------------------
@@ -81,12 +94,12 @@ def pack_keys(rows: Tensor) -> Tensor:
 
     Any whole 32s of keys can be written in the place of others.
     """
-    return with_bfloat16_copy(rows) if screening_runs() else to_tiles(rows)
+    return copies_before_blocks(rows) if screening_runs() else to_tiles(rows)
 
 
 def unpack_keys(keys: Tensor) -> Tensor:
     """What `pack_keys` was given, within 2^-17 of it."""
-    return without_copy(keys) if keys.dtype == torch.float32 else from_tiles(keys)
+    return without_copies(keys) if keys.dtype == torch.float32 else from_tiles(keys)
 
 
 def retrieve_packed_reference(
@@ -107,7 +120,7 @@ def retrieve_packed(
 
     Args:
         query: (B, M, D) float32, D a multiple of 32 up to 512.
-        keys: N a multiple of 32 with AMX.
+        keys: N a multiple of 32, keys without gaps between them.
         k: columns to return, 1 to 32.
         valid: how many leading keys exist, None (all), an int, or an int32 tensor (B,); with AMX multiples
             of 32.
@@ -127,7 +140,10 @@ def retrieve_packed(
     if isinstance(valid, int):
         if not 0 <= valid <= keys.shape[1]:
             raise ValueError(f"valid: is {valid}, it must be 0..{keys.shape[1]}, the number of keys")
-        keys, valid = keys[:, :valid], None
+        if keys.dtype == torch.float32:  # blocks that may be cut anywhere
+            valid = torch.full((len(keys),), valid, dtype=torch.int32)
+        else:
+            keys, valid = keys[:, :valid], None
     if keys.shape[1] == 0:
         return retrieve_packed_reference(query, keys, k, valid)
     if keys.dtype == torch.float32:
