@@ -26,15 +26,18 @@ struct ProductRounded : ProductBFloat16 {
 template <>
 constexpr bool kWholeBlocks<ProductRounded> = true;
 
-// |row| in bfloat16, a little more of one whose squares underflow.
-inline float length_of(const uint16_t* row, int64_t depth) {
+// |row|^2 in bfloat16.
+inline float square_of(const uint16_t* row, int64_t depth) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t d = 0; d < depth; d += 32) {
     const __m512i x = _mm512_loadu_si512(row + d);
     sum = _mm512_dpbf16_ps(sum, reinterpret_cast<const __m512bh&>(x), reinterpret_cast<const __m512bh&>(x));
   }
-  return __builtin_sqrtf(_mm512_reduce_add_ps(sum)) + 0x1p-58f;
+  return _mm512_reduce_add_ps(sum);
 }
+
+// A little more, for rows whose squares underflow.
+inline float length_of(float square) { return __builtin_sqrtf(square) + 0x1p-58f; }
 
 inline float product_of(const float* a, const float* b, int64_t depth) {
   __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
@@ -57,15 +60,17 @@ struct RoundedScreen {
 
   // What of a chunk's keys all queries need: the greatest length.
   struct Reach {
-    float length = 0.0f;
+    float length;
 
     template <class Chunk>
     explicit Reach(const Chunk& chunk) {
       const int64_t depth = chunk.depth / 3;
+      float most = 0.0f;
       for (int64_t key = chunk.begin; key < chunk.end; ++key) {
-        const float here = length_of(chunk.row(key - key % kBlock) + key % kBlock * depth, depth);
-        length = here <= length ? length : here == here ? here : __builtin_inff();
+        const float here = square_of(chunk.row(key - key % kBlock) + key % kBlock * depth, depth);
+        most = here <= most ? most : here == here ? here : __builtin_inff();
       }
+      length = length_of(most);
     }
   };
 
@@ -77,7 +82,7 @@ struct RoundedScreen {
     rows = reinterpret_cast<const uint16_t*>(queries);
     stride = row_stride;
     for (int lane = 0; lane < kTile; ++lane)
-      length[lane] = lane < present ? length_of(rows + lane * stride, depth / 3) : 0.0f;
+      length[lane] = lane < present ? length_of(square_of(rows + lane * stride, depth / 3)) : 0.0f;
   }
 
   // Lengths that are not finite say nothing: all keys are looked at.
