@@ -1,8 +1,8 @@
 """The main figures under pytest-benchmark, to be compared from commit to commit:
 
-    pip install -e '.[bench]'
-    pytest benchmarks/ --benchmark-only --benchmark-autosave
-    pytest benchmarks/ --benchmark-only --benchmark-compare
+pip install -e '.[bench]'
+pytest benchmarks/ --benchmark-only --benchmark-autosave
+pytest benchmarks/ --benchmark-only --benchmark-compare
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def test_vote(benchmark, bench, k):
         1, config.grid, config.grid, config.key_dim + config.value_dim, dtype=network.dtype,
         device=network.device,
     )  # fmt: skip
-    values = torch.randn(1, 8 * config.grid**2, network.value_width, dtype=network.dtype, device=network.device)
-    scores = torch.rand(1, config.grid**2, k, device=network.device)
-    indices = torch.randint(values.shape[1], scores.shape, dtype=torch.int32, device=network.device)
+    keys, device = 8 * config.grid**2, network.device
+    values = torch.randn(1, keys, network.value_width, dtype=network.dtype, device=device)
+    scores = torch.rand(1, config.grid**2, k, device=device)
+    indices = torch.randint(keys, scores.shape, dtype=torch.int32, device=device)
     candidates = network.gather(maps, values, scores, indices)
     with torch.inference_mode():
         benchmark(network.vote, maps, candidates)

@@ -11,7 +11,7 @@ const Number* checked(
   using torch::headeronly::ScalarType;
   const char* const wanted = dtype == ScalarType::Float ? "float32" : dtype == ScalarType::Byte ? "uint8" : "bfloat16";
   STD_TORCH_CHECK(
-      tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == size, name, ": should be contiguous ",
+      tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == size, name, ": must be contiguous ",
       wanted, " of ", size, " elements");
   return static_cast<const Number*>(tensor.const_data_ptr());
 }

@@ -56,10 +56,10 @@ void convolve_cpu(
     bool relu, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t groups)
 {
   STD_TORCH_CHECK(convolve_cpu_runs(), "convolve_cpu: this processor has no AMX, or DMV_FAST_CPU_ISA names something else");
-  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: should be (B, H, W, C)");
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: must be (B, H, W, C)");
   STD_TORCH_CHECK(
       kernel >= 1 && stride >= 1 && padding >= 0 && dilation >= 1 && groups >= 1,
-      "kernel, stride, dilation and groups should be 1 or more, padding 0 or more");
+      "kernel, stride, dilation and groups must be 1 or more, padding 0 or more");
   Convolving c;
   c.crops = x.size(0), c.height = x.size(1), c.width = x.size(2), c.c_in = x.size(3);
   c.kernel = kernel, c.padding = padding, c.dilation = dilation, c.groups = groups;
@@ -71,10 +71,10 @@ void convolve_cpu(
   c.add = add, c.relu = relu;
   STD_TORCH_CHECK(
       c.c_in % (groups * kChunk) == 0 && c.c_out % (groups * kChunk) == 0,
-      "x, bias: their channels should be multiples of 32 in each group");
+      "x, bias: their channels must be multiples of 32 in each group");
   STD_TORCH_CHECK(c.height + 2 * padding >= c.reach() && c.width + 2 * padding >= c.reach(), "x: smaller than the kernel");
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x: should be float32 or bfloat16");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x: must be float32 or bfloat16");
   c.parts = dtype == ScalarType::Float ? 2 : 1;
   c.weight_parts = 1;
   if (c.parts == 2 && weight.numel() == 2 * c.per_block() * (c.c_out / kChunk)) c.weight_parts = 2;
@@ -83,7 +83,7 @@ void convolve_cpu(
   c.scale = checked<float>(scale, "scale", ScalarType::Float, c.c_out);
   c.bias = checked<float>(bias, "bias", ScalarType::Float, c.c_out);
   STD_TORCH_CHECK(
-      out.size(0) == c.crops && out.size(1) == c.rows && out.size(2) == c.columns, "out: should be (", c.crops, ", ",
+      out.size(0) == c.crops && out.size(1) == c.rows && out.size(2) == c.columns, "out: must be (", c.crops, ", ",
       c.rows, ", ", c.columns, ", ", c.c_out, ")");
   checked<void>(out, "out", dtype, c.crops * c.rows * c.columns * c.c_out);
   c.out = out.mutable_data_ptr();

@@ -25,13 +25,13 @@ void convolve_pixels_cpu(
   STD_TORCH_CHECK(convolve_cpu_runs(), "convolve_pixels_cpu: this processor has no AMX, or DMV_FAST_CPU_ISA names something else");
   STD_TORCH_CHECK(
       crops.dim() == 4 && crops.size(1) % 4 == 0 && crops.size(2) % 64 == 0 && crops.size(3) == 3,
-      "crops: should be (B, H, W, 3), H a multiple of 4 and W of 64");
+      "crops: must be (B, H, W, 3), H a multiple of 4 and W of 64");
   const ScalarType dtype = out.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "out: should be float32 or bfloat16");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "out: must be float32 or bfloat16");
   PixelConvolving c;
   c.height = crops.size(1), c.width = crops.size(2), c.c_out = bias.numel();
   c.parts = dtype == ScalarType::Float ? 2 : 1;
-  STD_TORCH_CHECK(c.c_out % kChunk == 0, "bias: its length should be a multiple of 32");
+  STD_TORCH_CHECK(c.c_out % kChunk == 0, "bias: its length must be a multiple of 32");
   const int64_t batch = crops.size(0), rows = c.height / 4;
   c.crops = checked<uint8_t>(crops, "crops", ScalarType::Byte, crops.numel());
   c.weight = checked<uint16_t>(

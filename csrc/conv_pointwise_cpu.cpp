@@ -37,8 +37,8 @@ void convolve_pointwise_cpu(
 {
   STD_TORCH_CHECK(
       convolve_pointwise_cpu_runs(), "convolve_pointwise_cpu: this processor has no AVX2, or DMV_FAST_CPU_ISA names less");
-  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: they must be (B, H, W, C)");
-  STD_TORCH_CHECK(stride >= 1, "stride: it must be 1 or more");
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: must be (B, H, W, C)");
+  STD_TORCH_CHECK(stride >= 1, "stride: must be 1 or more");
   Pointwise c;
   c.crops = x.size(0), c.height = x.size(1), c.width = x.size(2), c.c_in = x.size(3);
   c.rows = (c.height + stride - 1) / stride, c.columns = (c.width + stride - 1) / stride;
@@ -50,12 +50,12 @@ void convolve_pointwise_cpu(
   c.weight = checked<float>(weight, "weight", ScalarType::Float, c.c_out * c.c_in);
   c.bias = checked<float>(bias, "bias", ScalarType::Float, c.c_out);
   STD_TORCH_CHECK(
-      out.size(0) == c.crops && out.size(1) == c.rows && out.size(2) == c.columns, "out: it must be (", c.crops, ", ",
+      out.size(0) == c.crops && out.size(1) == c.rows && out.size(2) == c.columns, "out: must be (", c.crops, ", ",
       c.rows, ", ", c.columns, ", ", c.c_out, ")");
   checked<float>(out, "out", ScalarType::Float, c.pixels() * c.c_out);
   c.out = static_cast<float*>(out.mutable_data_ptr());
   STD_TORCH_CHECK(
-      c.out >= c.x + x.numel() || c.x >= c.out + out.numel(), "out: it must not lie in x, which is still read");
+      c.out >= c.x + x.numel() || c.x >= c.out + out.numel(), "out: must not lie in x, which is still read");
   const PointwisePart part = part_of_call();
   torch::stable::parallel_for(0, (c.pixels() + kShare - 1) / kShare, 1, [&](int64_t begin, int64_t end) {
     auto* const room = static_cast<float*>(room_of(kPixelStep * c.pitch() * int64_t(sizeof(float))));

@@ -92,10 +92,10 @@ void convolve_winograd_cpu(
 {
   STD_TORCH_CHECK(
       convolve_winograd_cpu_runs(), "convolve_winograd_cpu: this processor has no AVX2, or DMV_FAST_CPU_ISA names less");
-  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: should be (B, H, W, C)");
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: must be (B, H, W, C)");
   STD_TORCH_CHECK(
-      padding >= 0 && dilation >= 1 && groups >= 1, "dilation and groups should be 1 or more, padding 0 or more");
-  STD_TORCH_CHECK(stride == 1 || (stride == 2 && dilation == 1), "stride: should be 1, or 2 without dilation");
+      padding >= 0 && dilation >= 1 && groups >= 1, "dilation and groups must be 1 or more, padding 0 or more");
+  STD_TORCH_CHECK(stride == 1 || (stride == 2 && dilation == 1), "stride: must be 1, or 2 without dilation");
   Winograd c;
   c.crops = x.size(0), c.height = x.size(1), c.width = x.size(2), c.c_in = x.size(3);
   c.c_out = bias.numel(), c.groups = groups;
@@ -106,17 +106,17 @@ void convolve_winograd_cpu(
   c.add = add, c.relu = relu;
   STD_TORCH_CHECK(
       c.c_in % (16 * groups) == 0 && c.c_out % (kPanel * groups) == 0,
-      "x, bias: their channels should be multiples of 16 and of 32 in each group");
+      "x, bias: their channels must be multiples of 16 and of 32 in each group");
   c.x = checked<float>(x, "x", ScalarType::Float, x.numel());
   c.weight = checked<float>(weight, "weight", ScalarType::Float, kWeights * c.c_out * (c.c_in / groups));
   c.bias = checked<float>(bias, "bias", ScalarType::Float, c.c_out);
   STD_TORCH_CHECK(
-      out.size(0) == c.crops && out.size(1) == c.rows && out.size(2) == c.columns, "out: should be (", c.crops, ", ",
+      out.size(0) == c.crops && out.size(1) == c.rows && out.size(2) == c.columns, "out: must be (", c.crops, ", ",
       c.rows, ", ", c.columns, ", ", c.c_out, ")");
   checked<float>(out, "out", ScalarType::Float, c.crops * c.rows * c.columns * c.c_out);
   c.out = static_cast<float*>(out.mutable_data_ptr());
   STD_TORCH_CHECK(
-      c.out >= c.x + x.numel() || c.x >= c.out + out.numel(), "out: should not lie in x, which is still read");
+      c.out >= c.x + x.numel() || c.x >= c.out + out.numel(), "out: must not lie in x, which is still read");
   if (c.crops > 0) run(c);
 }
 

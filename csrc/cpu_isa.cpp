@@ -98,7 +98,7 @@ Isa chosen_isa() {
     }
   }
   STD_TORCH_CHECK(
-      false, "DMV_FAST_CPU_ISA: ", wanted, " is unknown, it should be amx, avx512_bf16, avx512, avx2 or generic");
+      false, "DMV_FAST_CPU_ISA: ", wanted, " is unknown, it must be amx, avx512_bf16, avx512, avx2 or generic");
 }
 
 bool allowed(Isa isa) {

@@ -31,28 +31,28 @@ Tensor gather_candidates_cpu(
       "values, null_value, query_part, indices, scores: wrong number of dimensions");
   const int64_t batches = values.size(0), count = values.size(1), width = values.size(2);
   const int64_t queries = indices.size(1), k = indices.size(2);
-  STD_TORCH_CHECK(null_value.size(0) == width, "null_value: should be (C,)");
+  STD_TORCH_CHECK(null_value.size(0) == width, "null_value: must be (C,)");
   STD_TORCH_CHECK(
       query_part.size(0) == batches && query_part.size(1) == queries && query_part.size(2) == width,
-      "query_part: should be (B, M, C)");
+      "query_part: must be (B, M, C)");
   STD_TORCH_CHECK(
       indices.size(0) == batches && scores.size(0) == batches && scores.size(1) == queries && scores.size(2) == k,
-      "indices, scores: should be (B, M, K)");
+      "indices, scores: must be (B, M, K)");
   STD_TORCH_CHECK(
       null_value.scalar_type() == values.scalar_type() && query_part.scalar_type() == values.scalar_type(),
-      "null_value, query_part: their dtype should be values'");
+      "null_value, query_part: their dtype must be values'");
   STD_TORCH_CHECK(
       indices.scalar_type() == ScalarType::Int && scores.scalar_type() == ScalarType::Float,
-      "indices, scores: should be int32 and float32");
+      "indices, scores: must be int32 and float32");
   STD_TORCH_CHECK(
       indices.is_contiguous() && scores.is_contiguous() && null_value.is_contiguous() &&
           (width <= 1 || (values.stride(2) == 1 && query_part.stride(2) == 1)),
-      "values, null_value, query_part, indices, scores: rows should be contiguous");
+      "values, null_value, query_part, indices, scores: rows must be contiguous");
 
   Gather call;
   call.indices = static_cast<const int32_t*>(indices.const_data_ptr());
   for (int64_t i = 0; i < batches * queries * k; ++i)
-    STD_TORCH_CHECK(call.indices[i] >= -1 && call.indices[i] < count, "indices: should lie in -1..N-1");
+    STD_TORCH_CHECK(call.indices[i] >= -1 && call.indices[i] < count, "indices: must lie in -1..N-1");
   Tensor rows = torch::stable::new_empty(values, {batches, queries, k, width});
   call.values = values.const_data_ptr();
   call.null_value = null_value.const_data_ptr();

@@ -38,7 +38,7 @@ Dtype dtype_of(const Tensor& tensor) {
     case ScalarType::Float: return Dtype::float32;
     case ScalarType::BFloat16: return Dtype::bfloat16;
     case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, "dtype: should be float32, bfloat16 or float16");
+    default: STD_TORCH_CHECK(false, "dtype: must be float32, bfloat16 or float16");
   }
 }
 
@@ -58,19 +58,19 @@ RetrieveTiles kernel_for(Isa isa, Dtype dtype) {
 std::tuple<Tensor, Tensor> retrieve_by(
     RetrieveTiles kernel, const Tensor& query, const Tensor& keys, int64_t k, const std::optional<Tensor>& valid,
     int64_t most_depth, int64_t together) {
-  STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query, keys: should be (B, M, D) and (B, N, D)");
+  STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query, keys: must be (B, M, D) and (B, N, D)");
   const int64_t batches = query.size(0);
   Retrieval call;
   call.queries = query.size(1);
   call.count = keys.size(1);
   call.depth = query.size(2);
   call.k = static_cast<int>(k);
-  STD_TORCH_CHECK(keys.size(0) == batches && keys.size(2) == call.depth, "keys: should be (B, N, D) as query says");
-  STD_TORCH_CHECK(call.depth >= 1 && call.depth <= most_depth, "query: its last dimension should be 1..", most_depth);
-  STD_TORCH_CHECK(k >= 1 && k <= kMaxK, "k: should be 1..32");
-  STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "keys: its dtype should be query's");
+  STD_TORCH_CHECK(keys.size(0) == batches && keys.size(2) == call.depth, "keys: must be (B, N, D) as query says");
+  STD_TORCH_CHECK(call.depth >= 1 && call.depth <= most_depth, "query: its last dimension must be 1..", most_depth);
+  STD_TORCH_CHECK(k >= 1 && k <= kMaxK, "k: must be 1..32");
+  STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "keys: its dtype must be query's");
   STD_TORCH_CHECK(
-      call.depth == 1 || (query.stride(2) == 1 && keys.stride(2) == 1), "query, keys: rows should be contiguous");
+      call.depth == 1 || (query.stride(2) == 1 && keys.stride(2) == 1), "query, keys: rows must be contiguous");
   call.query = static_cast<const char*>(query.const_data_ptr());
   call.keys = static_cast<const char*>(keys.const_data_ptr());
   call.query_batch_stride = query.stride(0);
@@ -82,12 +82,12 @@ std::tuple<Tensor, Tensor> retrieve_by(
     STD_TORCH_CHECK(
         valid->scalar_type() == ScalarType::Int && valid->dim() == 1 && valid->size(0) == batches &&
             valid->is_contiguous(),
-        "valid: should be int32 (B,)");
+        "valid: must be int32 (B,)");
     call.valid = static_cast<const int32_t*>(valid->const_data_ptr());
     for (int64_t b = 0; b < batches; ++b)
       STD_TORCH_CHECK(
           call.valid[b] >= 0 && call.valid[b] <= call.count && call.valid[b] % together == 0,
-          "valid: should lie in 0..N, multiples of ", together);
+          "valid: must lie in 0..N, multiples of ", together);
   }
 
   Tensor scores = torch::stable::new_empty(query, {batches, call.queries, k}, ScalarType::Float);
@@ -147,10 +147,10 @@ std::tuple<Tensor, Tensor> retrieve_split_cpu(
   STD_TORCH_CHECK(kernel, "retrieve_split_cpu: this processor has no AMX, or DMV_FAST_CPU_ISA names something else");
   STD_TORCH_CHECK(
       query.scalar_type() == ScalarType::BFloat16 && query.dim() == 3 && query.size(2) % 64 == 0,
-      "query: should be bfloat16 (B, M, 2 D), D a multiple of 32");
+      "query: must be bfloat16 (B, M, 2 D), D a multiple of 32");
   STD_TORCH_CHECK(
       keys.dim() == 3 && keys.size(1) % 32 == 0 && keys.stride(1) == keys.size(2),
-      "keys: should be (B, N, 2 D), N a multiple of 32, without gaps between them");
+      "keys: must be (B, N, 2 D), N a multiple of 32, without gaps between them");
   return retrieve_by(kernel, query, keys, k, valid, 2 * kMaxDepth, 32);
 }
 
@@ -166,10 +166,10 @@ std::tuple<Tensor, Tensor> retrieve_screened_cpu(
       kernel, "retrieve_screened_cpu: avx512_bf16 is not this processor's fastest, or DMV_FAST_CPU_ISA names another");
   STD_TORCH_CHECK(
       query.scalar_type() == ScalarType::BFloat16 && query.dim() == 3 && query.size(2) % 96 == 0,
-      "query: should be bfloat16 (B, M, 3 D), D a multiple of 32");
+      "query: must be bfloat16 (B, M, 3 D), D a multiple of 32");
   STD_TORCH_CHECK(
       keys.dim() == 3 && keys.size(1) % 32 == 0 && keys.stride(1) == keys.size(2),
-      "keys: should be (B, N, 3 D), N a multiple of 32, without gaps between them");
+      "keys: must be (B, N, 3 D), N a multiple of 32, without gaps between them");
   return retrieve_by(kernel, query, keys, k, valid, 3 * kMaxDepth, 1);
 }
 

@@ -79,24 +79,24 @@ std::tuple<Tensor, Tensor> retrieve(const Tensor& query,  // [B, M, D], rows con
                                     int64_t k,
                                     const std::optional<Tensor>& valid)  // [B] int32
 {
-  STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query, keys: should be (B, M, D) and (B, N, D)");
+  STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query, keys: must be (B, M, D) and (B, N, D)");
   const int64_t batches = query.size(0), queries = query.size(1), count = keys.size(1), depth = query.size(2);
   STD_TORCH_CHECK(keys.size(0) == batches && keys.size(2) == depth,
-                  "keys: should be (B, N, D) as query says");
-  STD_TORCH_CHECK(depth >= 1 && depth <= 512, "query: its last dimension should be 1..512");
-  STD_TORCH_CHECK(k >= 1 && k <= 32, "k: should be 1..32");
+                  "keys: must be (B, N, D) as query says");
+  STD_TORCH_CHECK(depth >= 1 && depth <= 512, "query: its last dimension must be 1..512");
+  STD_TORCH_CHECK(k >= 1 && k <= 32, "k: must be 1..32");
   STD_TORCH_CHECK(batches < 1 << 30 && queries < 1 << 30, "query: has too many rows");
   STD_TORCH_CHECK(count < 1 << 30, "keys: has too many rows");
-  STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "keys: its dtype should be query's");
+  STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "keys: its dtype must be query's");
   STD_TORCH_CHECK(depth == 1 || (query.stride(2) == 1 && keys.stride(2) == 1),
-                  "query, keys: rows should be contiguous");
+                  "query, keys: rows must be contiguous");
   STD_TORCH_CHECK(query.is_cuda() && keys.is_cuda() && keys.get_device_index() == query.get_device_index(),
-                  "keys: should be on query's device");
+                  "keys: must be on query's device");
   if (valid) {
     STD_TORCH_CHECK(valid->scalar_type() == ScalarType::Int && valid->dim() == 1 &&
                         valid->size(0) == batches && valid->is_contiguous() && valid->is_cuda() &&
                         valid->get_device_index() == query.get_device_index(),
-                    "valid: should be int32 (B,) on query's device");
+                    "valid: must be int32 (B,) on query's device");
   }
 
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor> retrieve(const Tensor& query,  // [B, M, D], rows con
       run<Float16>(call, query, keys);
       break;
     default:
-      STD_TORCH_CHECK(false, "query: its dtype should be float32, bfloat16 or float16");
+      STD_TORCH_CHECK(false, "query: its dtype must be float32, bfloat16 or float16");
   }
   return {scores, indices};
 }

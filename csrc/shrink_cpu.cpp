@@ -82,9 +82,9 @@ void shrink_cpu(
   STD_TORCH_CHECK(
       image.dim() == 3 && out.dim() == 3 && image.size(2) == 3 && out.size(2) == 3 && out.size(0) >= 1 &&
           out.size(1) >= 1 && out.size(0) <= image.size(0) && out.size(1) <= image.size(1),
-      "image, out: they must be (H, W, 3) and no larger (h, w, 3)");
+      "image, out: must be (H, W, 3) and no larger (h, w, 3)");
   STD_TORCH_CHECK(
-      image.scalar_type() == ScalarType::Byte && out.scalar_type() == ScalarType::Byte, "image, out: they must be uint8");
+      image.scalar_type() == ScalarType::Byte && out.scalar_type() == ScalarType::Byte, "image, out: must be uint8");
   STD_TORCH_CHECK(
       image.stride(2) == 1 && image.stride(1) == 3 && out.is_contiguous(), "image, out: their pixels must lie side by side");
   const Axis down(image.size(0), out.size(0)), across(image.size(1), out.size(1));

@@ -46,19 +46,19 @@ Tensor vote_by(
     VoteLocationsOf<VotingOf<Number>> kernel, int64_t parts, const Tensor& rows, const Tensor& to_q,
     const Tensor& q_bias, const Tensor& to_k, const Tensor& mix, const Tensor& mix_bias, const Tensor& out,
     const Tensor& out_bias, double epsilon) {
-  STD_TORCH_CHECK(rows.dim() == 4 && rows.size(3) == kVoteWidth, "rows: should be (B, M, K, 64)");
+  STD_TORCH_CHECK(rows.dim() == 4 && rows.size(3) == kVoteWidth, "rows: must be (B, M, K, 64)");
   VotingOf<Number> call;
   call.locations = rows.size(0) * rows.size(1);
   call.candidates = static_cast<int>(rows.size(2));
-  STD_TORCH_CHECK(rows.size(2) >= 1 && rows.size(2) <= kVoteRows, "rows: its K should be 1..32");
+  STD_TORCH_CHECK(rows.size(2) >= 1 && rows.size(2) <= kVoteRows, "rows: its K must be 1..32");
   const int64_t width = q_bias.numel();
   call.heads = static_cast<int>(width / kHeadWidth);
   call.value_width = out_bias.numel();
   STD_TORCH_CHECK(
       width % (2 * kHeadWidth) == 0 && width >= 2 * kHeadWidth && width <= kMaxHeads * kHeadWidth,
-      "q_bias: should be of 2, 4, 6 or 8 heads");
+      "q_bias: must be of 2, 4, 6 or 8 heads");
   STD_TORCH_CHECK(
-      call.value_width > 0 && call.value_width % 32 == 0, "out_bias: its length should be a multiple of 32");
+      call.value_width > 0 && call.value_width % 32 == 0, "out_bias: its length must be a multiple of 32");
   constexpr ScalarType kWeight = ScalarType::BFloat16, kFull = ScalarType::Float;
   const int64_t row = parts * kVoteWidth;  // of packed weights
   call.rows = checked<Number>(rows, "rows", kTypeOf<Number>, call.locations * call.candidates * kVoteWidth);

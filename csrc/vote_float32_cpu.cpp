@@ -42,12 +42,12 @@ Tensor vote_float32_cpu(
   STD_TORCH_CHECK(
       values.dim() == 3 && values.size(2) == kSpread && values.scalar_type() == ScalarType::Float &&
           values.stride(2) == 1,
-      "values: it must be float32 (B, N, ", kSpread, "), rows contiguous");
+      "values: must be float32 (B, N, ", kSpread, "), rows contiguous");
   STD_TORCH_CHECK(
       indices.dim() == 3 && indices.size(0) == values.size(0) && indices.size(2) >= 1 && indices.size(2) <= kVoteRows,
-      "indices: it must be (B, M, K), K 1..32");
+      "indices: must be (B, M, K), K 1..32");
   STD_TORCH_CHECK(
-      indices.scalar_type() == ScalarType::Int && indices.is_contiguous(), "indices: it must be contiguous int32");
+      indices.scalar_type() == ScalarType::Int && indices.is_contiguous(), "indices: must be contiguous int32");
   Float32Voting call;
   call.queries = indices.size(1), call.candidates = static_cast<int>(indices.size(2));
   call.locations = indices.size(0) * call.queries;
@@ -67,7 +67,7 @@ Tensor vote_float32_cpu(
   call.out = checked<float>(out, "out", kFloat, call.value_width * kVoteWidth);
   call.out_bias = checked<float>(out_bias, "out_bias", kFloat, call.value_width);
   for (int64_t i = 0; i < indices.numel(); ++i)
-    STD_TORCH_CHECK(call.indices[i] >= -1 && call.indices[i] < values.size(1), "indices: they must lie in -1..N-1");
+    STD_TORCH_CHECK(call.indices[i] >= -1 && call.indices[i] < values.size(1), "indices: must lie in -1..N-1");
 
   Tensor retrieved = torch::stable::new_empty(values, {indices.size(0), call.queries, call.value_width});
   call.retrieved = static_cast<float*>(retrieved.mutable_data_ptr());

@@ -81,7 +81,7 @@ def gather_candidates(
     if rows.numel() == 0:
         return rows
     if values.stride(2) != 1:
-        raise ValueError(f"values: has strides {values.stride()}, its rows should be contiguous")
+        raise ValueError(f"values: has strides {values.stride()}, its rows must be contiguous")
     if query_part.stride(2) != 1:
         query_part = query_part.contiguous()
     strides = (values.stride(0), values.stride(1), query_part.stride(0), query_part.stride(1))

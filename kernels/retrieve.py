@@ -41,7 +41,7 @@ def retrieve(
     if d > 1 and query.stride(2) != 1:
         query = query.contiguous()
     if d > 1 and keys.stride(2) != 1:
-        raise ValueError(f"keys: has strides {keys.stride()}, its rows should be contiguous")
+        raise ValueError(f"keys: has strides {keys.stride()}, its rows must be contiguous")
     if tiles is None:
         capability, processors = _chip(query.device)
         tiles = choose_tiles(capability, query.element_size(), batch, m, n, d, k, processors)

@@ -142,9 +142,9 @@ def _row_stride(rows: Tensor) -> int:
     stride = rows.stride(-2)
     for axis in range(rows.dim() - 2):
         if rows.shape[axis] > 1 and rows.stride(axis) != rows.stride(axis + 1) * rows.shape[axis + 1]:
-            raise ValueError(f"rows: have strides {rows.stride()}, they should be evenly spaced")
+            raise ValueError(f"rows: have strides {rows.stride()}, they must be evenly spaced")
     if rows.stride(-1) != 1:
-        raise ValueError(f"rows: have strides {rows.stride()}, the last should be 1")
+        raise ValueError(f"rows: have strides {rows.stride()}, the last must be 1")
     return stride
 
 

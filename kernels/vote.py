@@ -134,7 +134,7 @@ def make_vote(
     def vote(rows: Tensor, retrieved: Tensor) -> None:
         batch, m, k, _ = rows.shape
         if retrieved.stride(2) != 1 or batch > 1 and retrieved.stride(0) != m * retrieved.stride(1):
-            raise ValueError(f"retrieved: has strides {retrieved.stride()}, its rows should be evenly spaced")
+            raise ValueError(f"retrieved: has strides {retrieved.stride()}, its rows must be evenly spaced")
         locations = batch * m
         constants = vote_constants(k, weights.heads, width, value_width, locations)
         with torch.cuda.device(rows.device) if rows.is_cuda else contextlib.nullcontext():

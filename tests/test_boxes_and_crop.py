@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmv_fast.vision.shrink import shrink, shrink_reference
 from dmv_fast.vision import boxes
 from dmv_fast.vision.crop import CROP_SIZE, Window, cut, normalise, search_window
 
@@ -82,6 +85,29 @@ def test_shrinking_does_not_alias():
     image[:, ::2] = 255
     crop = cut(image, Window(0, 0, 640))
     assert 90 < crop.min() and crop.max() < 166
+
+
+@pytest.mark.parametrize("size", [16, 256])
+def test_shrinking_is_opencv_s_to_the_bit(size):
+    """A crop must not depend on whether the C++ extension is there; multiples of the size among the rest."""
+    frame = np.random.default_rng(0).integers(0, 256, (800, 1100, 3), np.uint8)
+    for width in [size, *range(size + 1, 3 * size, max(1, size // 9)), 2 * size, 3 * size]:
+        for height in {width, max(size, width - 3)}:
+            part = frame[5 : 5 + height, 7 : 7 + width]
+            expected = shrink_reference(np.ascontiguousarray(part), size)
+            assert np.array_equal(shrink(part, size), expected), (height, width)
+
+
+def test_shrinking_takes_any_memory():
+    """Mirrored, of other colour order, and not to be written."""
+    image = np.random.default_rng(0).integers(0, 256, (300, 310, 3), np.uint8)
+    for view in (image[::-1], image[:, ::-1], image[..., ::-1], image.swapaxes(0, 1)):
+        assert np.array_equal(shrink(view, 256), shrink_reference(np.ascontiguousarray(view), 256))
+    expected = shrink(image, 256)
+    image.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(shrink(image, 256), expected)
 
 
 def test_outside_is_the_mean_colour():

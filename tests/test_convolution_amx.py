@@ -132,7 +132,7 @@ def test_wrong_tensors_are_refused():
     x = channels_last(1, 32, 16, 16)
     weights = made._weight
     made._weight = weights[:, :2].contiguous()
-    with pytest.raises(RuntimeError, match="weight: should be contiguous bfloat16 of 9216 elements"):
+    with pytest.raises(RuntimeError, match="weight: must be contiguous bfloat16 of 9216 elements"):
         made(x)
     made._weight = weights
     with pytest.raises(RuntimeError, match="multiples of 32"):

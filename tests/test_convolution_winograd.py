@@ -123,14 +123,14 @@ def test_wrong_tensors_are_refused():
     made, x = make(32, 32, relu=True, padding=1), channels_last(1, 32, 16, 16)
     weights = made._weight
     made._weight = weights[:18].contiguous()
-    with pytest.raises(RuntimeError, match="weight: should be contiguous float32 of 36864 elements"):
+    with pytest.raises(RuntimeError, match="weight: must be contiguous float32 of 36864 elements"):
         made(x)
     made._weight = weights
-    with pytest.raises(RuntimeError, match="x: should be contiguous float32"):
+    with pytest.raises(RuntimeError, match="x: must be contiguous float32"):
         made(x.double())
     with pytest.raises(RuntimeError, match="multiples of 16"):
         made(x[:, :8])
-    with pytest.raises(RuntimeError, match="out: should not lie in x"):
+    with pytest.raises(RuntimeError, match="out: must not lie in x"):
         made(x, onto=x)
 
 

@@ -147,5 +147,5 @@ def test_an_index_past_the_values_is_an_error():
     require("cpu")
     values, null_value, query_part, indices, scores = candidates()
     indices[0, 0, 0] = 50
-    with pytest.raises(RuntimeError, match="indices: should lie in -1..N-1"):
+    with pytest.raises(RuntimeError, match="indices: must lie in -1..N-1"):
         ops.gather_candidates(values, null_value, query_part, indices, scores, backend="cpu")

@@ -103,18 +103,18 @@ def test_valid_keys_alone_count_and_threads_change_nothing():
 def test_wrong_rows_are_refused():
     query, memory = rows(1, 4, 64, length=1), pack_keys(rows(1, 64, 64, length=1))
     for bad in (query[..., :48], query[0]):
-        with pytest.raises(RuntimeError, match="query: should be bfloat16 .B, M, 2 D., D a multiple of 32"):
+        with pytest.raises(RuntimeError, match="query: must be bfloat16 .B, M, 2 D., D a multiple of 32"):
             retrieve_packed(bad, memory, 4)
     for bad in (memory[:, :40], memory[..., :64], memory[:, ::2]):
-        with pytest.raises(RuntimeError, match="keys: should be .B, N, 2 D., N a multiple of 32"):
+        with pytest.raises(RuntimeError, match="keys: must be .B, N, 2 D., N a multiple of 32"):
             retrieve_packed(query, bad, 4)
     for bad in ([40], [-32], [96]):
-        with pytest.raises(RuntimeError, match="valid: should lie in 0..N, multiples of 32"):
+        with pytest.raises(RuntimeError, match="valid: must lie in 0..N, multiples of 32"):
             retrieve_packed(query, memory, 4, valid=torch.tensor(bad, dtype=torch.int32))
-    with pytest.raises(RuntimeError, match="valid: should be int32"):
+    with pytest.raises(RuntimeError, match="valid: must be int32"):
         retrieve_packed(query, memory, 4, valid=torch.tensor([32], dtype=torch.int32).expand(9))
     for bad in (-32, 96):
         with pytest.raises(ValueError, match=f"valid: is {bad}, it must be 0..64"):
             retrieve_packed(query, memory, 4, valid=bad)
-    with pytest.raises(RuntimeError, match="k: should be 1..32"):
+    with pytest.raises(RuntimeError, match="k: must be 1..32"):
         retrieve_packed(query, memory, 33)

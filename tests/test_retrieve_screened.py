@@ -28,12 +28,11 @@ def unit(*shape: int) -> Tensor:
     return F.normalize(torch.randn(shape), dim=-1)
 
 
-def retrieve(
-    query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None = None
-) -> tuple[Tensor, Tensor]:
+def retrieve(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
     """From any number of keys, in a memory of whole blocks; what follows them is no number."""
-    behind = F.pad(keys, (0, 0, 0, -keys.shape[1] % 32), value=torch.nan)
-    return retrieve_packed(query, copies_before_blocks(behind), k, valid=keys.shape[1] if valid is None else valid)
+    count = keys.shape[1]
+    memory = copies_before_blocks(F.pad(keys, (0, 0, 0, -count % 32), value=torch.nan))
+    return retrieve_packed(query, memory, k, valid=count if valid is None else valid)
 
 
 def check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None = None) -> Tensor:
@@ -148,17 +147,17 @@ def test_same_bits_however_the_work_is_split():
 def test_wrong_rows_are_refused():
     query, keys = unit(1, 4, 64), copies_before_blocks(unit(1, 64, 64))
     for bad in (query[..., :48], query[0]):
-        with pytest.raises(RuntimeError, match="query: should be bfloat16 .B, M, 3 D., D a multiple of 32"):
+        with pytest.raises(RuntimeError, match="query: must be bfloat16 .B, M, 3 D., D a multiple of 32"):
             retrieve_packed(bad, keys, 4)
-    with pytest.raises(RuntimeError, match="keys: should be"):
+    with pytest.raises(RuntimeError, match="keys: must be"):
         retrieve_packed(query, keys[..., :64], 4)
-    with pytest.raises(RuntimeError, match="keys: should be .* N a multiple of 32"):
+    with pytest.raises(RuntimeError, match="keys: must be .* N a multiple of 32"):
         retrieve_packed(query, keys[:, :40], 4)
-    with pytest.raises(RuntimeError, match="valid: should lie in 0..N"):
+    with pytest.raises(RuntimeError, match="valid: must lie in 0..N"):
         retrieve_packed(query, keys, 4, valid=torch.tensor([65], dtype=torch.int32))
     with pytest.raises(ValueError, match="valid: is 65, it must be 0..64"):
         retrieve_packed(query, keys, 4, valid=65)
-    with pytest.raises(RuntimeError, match="k: should be 1..32"):
+    with pytest.raises(RuntimeError, match="k: must be 1..32"):
         retrieve_packed(query, keys, 33)
 
 

@@ -111,7 +111,8 @@ def some_memory(batch: int, locations: int, k: int) -> Chosen:
     """Values, what each location adds, and candidates of unlike scores, the null column's among them."""
     torch.manual_seed(1)
     indices = torch.randint(-1, 50, (batch, locations, k), dtype=torch.int32)
-    return Chosen(torch.randn(batch, 50, C), torch.randn(batch, locations, C), indices, torch.rand(indices.shape))
+    values, query_part = torch.randn(batch, 50, C), torch.randn(batch, locations, C)
+    return Chosen(values, query_part, indices, torch.rand(indices.shape))
 
 
 @pytest.mark.parametrize("batch, locations, k", [(1, 70, 1), (2, 37, 2), (3, 45, 4), (1, 33, 9), (2, 5, 32)])
@@ -160,7 +161,8 @@ def test_another_backend_gathers_rows(backend):
 
 
 GOOD = {
-    "values": torch.zeros(1, 7, 13 * C), "null_value": torch.zeros(13 * C), "query_part": torch.zeros(1, 9, C),
+    "values": torch.zeros(1, 7, 13 * C), "null_value": torch.zeros(13 * C),
+    "query_part": torch.zeros(1, 9, C),
     "indices": torch.zeros(1, 9, 4, dtype=torch.int32), "scores": torch.ones(1, 9, 4),
     "to_q": torch.zeros(128 * C), "q_bias": torch.zeros(128), "mix": torch.zeros(2 * C * C),
     "mix_bias": torch.zeros(C), "out": torch.zeros(32 * C), "out_bias": torch.zeros(32),
@@ -170,21 +172,21 @@ GOOD = {
 @pytest.mark.parametrize(
     "name, bad, message",
     [
-        ("values", torch.zeros(1, 7, C), r"it must be float32 \(B, N, 832\)"),
-        ("values", GOOD["values"].double(), r"it must be float32 \(B, N, 832\)"),
+        ("values", torch.zeros(1, 7, C), r"must be float32 \(B, N, 832\)"),
+        ("values", GOOD["values"].double(), r"must be float32 \(B, N, 832\)"),
         ("values", torch.zeros(1, 13 * C, 7).mT, ".* rows contiguous"),
-        ("null_value", torch.zeros(C), "should be contiguous float32 of 832 elements"),
-        ("query_part", torch.zeros(1, 8, C), "should be contiguous float32 of 576 elements"),
-        ("indices", torch.zeros(1, 9, 33, dtype=torch.int32), r"it must be \(B, M, K\), K 1..32"),
-        ("indices", torch.zeros(2, 9, 4, dtype=torch.int32), r"it must be \(B, M, K\)"),
-        ("indices", torch.zeros(1, 9, 4), "it must be contiguous int32"),
-        ("indices", torch.full((1, 9, 4), 7, dtype=torch.int32), "they must lie in -1..N-1"),
-        ("indices", torch.full((1, 9, 4), -2, dtype=torch.int32), "they must lie in -1..N-1"),
-        ("scores", torch.ones(1, 9, 3), "should be contiguous float32 of 36 elements"),
-        ("to_q", torch.zeros(8192).bfloat16(), "should be contiguous float32 of 8192 elements"),
-        ("q_bias", torch.zeros(64), "should be contiguous float32 of 128 elements"),
-        ("mix", torch.zeros(4096), "should be contiguous float32 of 8192 elements"),
-        ("out", torch.zeros(4096), "should be contiguous float32 of 2048 elements"),
+        ("null_value", torch.zeros(C), "must be contiguous float32 of 832 elements"),
+        ("query_part", torch.zeros(1, 8, C), "must be contiguous float32 of 576 elements"),
+        ("indices", torch.zeros(1, 9, 33, dtype=torch.int32), r"must be \(B, M, K\), K 1..32"),
+        ("indices", torch.zeros(2, 9, 4, dtype=torch.int32), r"must be \(B, M, K\)"),
+        ("indices", torch.zeros(1, 9, 4), "must be contiguous int32"),
+        ("indices", torch.full((1, 9, 4), 7, dtype=torch.int32), "must lie in -1..N-1"),
+        ("indices", torch.full((1, 9, 4), -2, dtype=torch.int32), "must lie in -1..N-1"),
+        ("scores", torch.ones(1, 9, 3), "must be contiguous float32 of 36 elements"),
+        ("to_q", torch.zeros(8192).bfloat16(), "must be contiguous float32 of 8192 elements"),
+        ("q_bias", torch.zeros(64), "must be contiguous float32 of 128 elements"),
+        ("mix", torch.zeros(4096), "must be contiguous float32 of 8192 elements"),
+        ("out", torch.zeros(4096), "must be contiguous float32 of 2048 elements"),
         ("out_bias", torch.zeros(48), "its length must be a multiple of 32"),
     ],
 )

@@ -117,12 +117,12 @@ def test_kernel_says_that_there_is_no_amx(monkeypatch):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (torch.randn(1, 9, 4, 32), r"rows: should be \(B, M, K, 64\)"),
-        (torch.randn(9, 4, C), r"rows: should be \(B, M, K, 64\)"),
-        (torch.randn(1, 9, 33, C), "rows: its K should be 1..32"),
-        (torch.randn(1, 9, 0, C), "rows: its K should be 1..32"),
-        (torch.randn(1, 9, 4, C).bfloat16(), "rows: should be contiguous float32 of 2304 elements"),
-        (torch.randn(1, 4, 9, C).transpose(1, 2), "rows: should be contiguous float32 of 2304 elements"),
+        (torch.randn(1, 9, 4, 32), r"rows: must be \(B, M, K, 64\)"),
+        (torch.randn(9, 4, C), r"rows: must be \(B, M, K, 64\)"),
+        (torch.randn(1, 9, 33, C), "rows: its K must be 1..32"),
+        (torch.randn(1, 9, 0, C), "rows: its K must be 1..32"),
+        (torch.randn(1, 9, 4, C).bfloat16(), "rows: must be contiguous float32 of 2304 elements"),
+        (torch.randn(1, 4, 9, C).transpose(1, 2), "rows: must be contiguous float32 of 2304 elements"),
     ],
 )
 def test_bad_rows(rows, message):
@@ -134,16 +134,16 @@ def test_bad_rows(rows, message):
 @pytest.mark.parametrize(
     "at, bad, message",
     [
-        (1, torch.zeros(4096), "to_q: should be contiguous bfloat16 of 8192 elements"),
-        (2, torch.zeros(48), "q_bias: should be of 2, 4, 6 or 8 heads"),
-        (2, torch.zeros(160), "q_bias: should be of 2, 4, 6 or 8 heads"),
-        (2, torch.zeros(64).double(), "q_bias: should be contiguous float32 of 64 elements"),
-        (3, torch.zeros(4096).bfloat16(), "to_k: should be contiguous bfloat16 of 8192 elements"),
-        (4, torch.zeros(4 * 8192).bfloat16(), "mix: should be contiguous bfloat16 of 40960 elements"),
-        (5, torch.zeros(32), "mix_bias: should be contiguous float32 of 64 elements"),
-        (6, torch.zeros(32 * 128), "out: should be contiguous bfloat16 of 4096 elements"),
-        (7, torch.zeros(48), "out_bias: its length should be a multiple of 32"),
-        (7, torch.zeros(0), "out_bias: its length should be a multiple of 32"),
+        (1, torch.zeros(4096), "to_q: must be contiguous bfloat16 of 8192 elements"),
+        (2, torch.zeros(48), "q_bias: must be of 2, 4, 6 or 8 heads"),
+        (2, torch.zeros(160), "q_bias: must be of 2, 4, 6 or 8 heads"),
+        (2, torch.zeros(64).double(), "q_bias: must be contiguous float32 of 64 elements"),
+        (3, torch.zeros(4096).bfloat16(), "to_k: must be contiguous bfloat16 of 8192 elements"),
+        (4, torch.zeros(4 * 8192).bfloat16(), "mix: must be contiguous bfloat16 of 40960 elements"),
+        (5, torch.zeros(32), "mix_bias: must be contiguous float32 of 64 elements"),
+        (6, torch.zeros(32 * 128), "out: must be contiguous bfloat16 of 4096 elements"),
+        (7, torch.zeros(48), "out_bias: its length must be a multiple of 32"),
+        (7, torch.zeros(0), "out_bias: its length must be a multiple of 32"),
     ],
 )
 def test_bad_weights(at, bad, message):

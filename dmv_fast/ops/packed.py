@@ -141,7 +141,7 @@ def retrieve_packed(
         if not 0 <= valid <= keys.shape[1]:
             raise ValueError(f"valid: is {valid}, it must be 0..{keys.shape[1]}, the number of keys")
         if keys.dtype == torch.float32:  # blocks that may be cut anywhere
-            valid = torch.full((len(keys),), valid, dtype=torch.int32)
+            valid = keys.new_full((len(keys),), valid, dtype=torch.int32)
         else:
             keys, valid = keys[:, :valid], None
     if keys.shape[1] == 0:

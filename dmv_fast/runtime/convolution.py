@@ -51,7 +51,7 @@ class Convolution:
     but not at a block's end; our own kernels do always, and that for AMX leaves the scale out of the weights.
     split: of dtype float32, each number as two of bfloat16, three of whose four products are summed, and two
     where the weights are bfloat16 numbers; what our own kernel does not take (channels in other than 32s)
-    stays plain float32. That is Winograd's where it is 3 x 3 (csrc/conv_winograd.h).
+    stays plain float32. That is ours where it is 3 x 3 (csrc/conv_winograd.h) or 1 x 1 (conv_pointwise.h).
     """
 
     def __init__(
@@ -266,9 +266,14 @@ def _winograd_points(weight: Tensor, stride: int) -> Tensor:
 
 
 def _suits_pointwise(weight: Tensor, padding: int, groups: int) -> bool:
-    """Whether our own kernel takes this convolution: 1 x 1, of whole vectors of channels."""
+    """Whether our own kernel takes this convolution: 1 x 1, of whole vectors of channels, and not of many.
+
+    Measured on ResNet18's and ResNet50's shapes: up to 40 % less time than oneDNN where that is mostly its
+    call's, 1 to 4 % more from 256 times 1,024 channels on.
+    """
     c_out, c_in, *size = weight.shape
-    fits = size == [1, 1] and (padding, groups) == (0, 1) and c_in % 16 == 0 and c_out % 32 == 0
+    whole = c_in % 16 == 0 and c_out % 32 == 0 and c_in * c_out < 256 * 1024
+    fits = size == [1, 1] and (padding, groups) == (0, 1) and whole
     return fits and cpu_kernel_runs("convolve_pointwise_cpu")
 
 

@@ -138,9 +138,7 @@ class FastNetwork:
             return retrieve_packed(query, keys, k, valid=valid)
         return ops.retrieve(query, keys, k, valid=valid, backend=self._backend)
 
-    def gather(
-        self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor
-    ) -> Tensor | Chosen:
+    def gather(self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor) -> Tensor | Chosen:
         """The candidates, weighted and with the location's own part, as the vote takes them."""
         return self._vote.gather(values, self._query_in(self._features(maps)), indices, scores)
 

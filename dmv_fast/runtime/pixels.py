@@ -106,7 +106,8 @@ class PixelsFloat32:
         self._bias, self._mean = bias, mean
 
     def __call__(self, crops: Tensor) -> Tensor:
-        out = torch.empty(len(crops), crops.shape[1] // 4, crops.shape[2] // 4, len(self._bias))
+        size = (len(crops), crops.shape[1] // 4, crops.shape[2] // 4, len(self._bias))
+        out = self._bias.new_empty(size)
         torch.ops.dmv_fast.convolve_pixels_float32_cpu.default(
             crops.contiguous(), self._weight, self._bias, self._mean, out
         )

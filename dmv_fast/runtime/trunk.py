@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dmv_fast.model.backbone import Backbone, BasicBlock, BottleneckBlock, blocks_of, conv_and_norm
 from dmv_fast.runtime import hardware
-from dmv_fast.runtime.convolution import Convolution, Where, padding_of, run_chain
+from dmv_fast.runtime.convolution import Convolution, Where, amx_runs, padding_of, run_chain
 from dmv_fast.runtime.fold import fold_pixels, norm_line, scaled
 from dmv_fast.runtime.pixels import pixels_to_map
 from dmv_fast.runtime.rows import join
@@ -18,10 +18,11 @@ from dmv_fast.vision.crop import MEAN, STD
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Crops that go to layer3 together on a CPU. More would push the large early maps out of the caches; what
-# follows has small maps and large weights and takes all crops at once (16 crops, one core with AMX: 162 ms,
-# not 188).
-_TOGETHER = 4
+# Crops that go to layer3 together on a CPU with AMX. More would push the large early maps out of the caches;
+# what follows has small maps and large weights and takes all crops at once (16 crops, one core: 162 ms, not
+# 188). Without AMX it is one crop: the weights so far stay in the caches anyway, and then so do its maps (two
+# cores of an EPYC: 13.4 ms a crop, 14.5 in fours).
+_TOGETHER_BY_TILES = 4
 
 
 class Block:
@@ -62,6 +63,7 @@ class Trunk:
     def __init__(self, backbone: Backbone, *, dtype: torch.dtype, device: torch.device, split: bool = False):
         where = Where(dtype=dtype, device=device)
         self._gpu = hardware.on_gpu(device)
+        self._together = 0 if self._gpu else _TOGETHER_BY_TILES if amx_runs() else 1
         scale, bias = norm_line(backbone.bn1)
         weight, mean = fold_pixels(scaled(backbone.conv1.weight, scale), STD), 255 * torch.tensor(MEAN[::-1])
         self._conv1 = pixels_to_map(weight, bias, mean, split=split, **where)
@@ -77,7 +79,7 @@ class Trunk:
 
     def __call__(self, crops: Tensor, out: Tensor) -> None:
         """Features of crops (B, 256, 256, 3) uint8 BGR into out (B, H, W, D), rows of any stride."""
-        parts = [self._layer3(part) for part in crops.split(len(crops) if self._gpu else _TOGETHER)]
+        parts = [self._layer3(part) for part in crops.split(self._together or len(crops))]
         x = parts[0] if len(parts) == 1 else torch.cat(parts)
         left = run_chain(self._necks[0], x).permute(0, 2, 3, 1)
         for block in self._layer4:

@@ -43,6 +43,15 @@ def _heard(rows: Tensor, weights: VoteWeights) -> Tensor:
     return (attention @ rows.unsqueeze(2)).transpose(2, 3).flatten(3)
 
 
+class Chosen(NamedTuple):
+    """Candidates that stay where they are; see ops.gather_candidates."""
+
+    values: Tensor
+    query_part: Tensor
+    indices: Tensor
+    scores: Tensor
+
+
 class RowVote:
     """Candidates are gathered as rows, as wide as the memory's values, and vote afterwards.
 
@@ -59,22 +68,12 @@ class RowVote:
 
     def gather(self, values: Tensor, query_part: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
         """values (B, N, width), else as ops.gather_candidates -> what a call takes."""
-        return ops.gather_candidates(
-            values, self._null, query_part, indices, scores, backend=self._backend
-        )
+        return ops.gather_candidates(values, self._null, query_part, indices, scores, backend=self._backend)
 
-    def __call__(self, rows: Tensor, out: Tensor) -> None:
+    def __call__(self, rows: Tensor | Chosen, out: Tensor) -> None:
         """What was gathered -> retrieved values out (B, M, V), rows of any stride."""
+        assert isinstance(rows, Tensor)
         self._run(rows, out)
-
-
-class Chosen(NamedTuple):
-    """Candidates that stay where they are; see ops.gather_candidates."""
-
-    values: Tensor
-    query_part: Tensor
-    indices: Tensor
-    scores: Tensor
 
 
 class SpreadVote:
@@ -105,8 +104,9 @@ class SpreadVote:
         """As RowVote's; nothing is read yet."""
         return Chosen(values, query_part, indices, scores)
 
-    def __call__(self, chosen: Chosen, out: Tensor) -> None:
+    def __call__(self, chosen: Tensor | Chosen, out: Tensor) -> None:
         """As RowVote's."""
+        assert isinstance(chosen, Chosen)
         values, *candidates = chosen
         run = torch.ops.dmv_fast.vote_float32_cpu.default
         out.copy_(run(values, self._null, *candidates, *self._weights))

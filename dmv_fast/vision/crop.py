@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmv_fast.ops.shrink import shrink
+from dmv_fast.vision.shrink import shrink
 
 CROP_SIZE = 256
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB

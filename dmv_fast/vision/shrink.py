@@ -30,7 +30,8 @@ def shrink(image: np.ndarray, size: int) -> np.ndarray:
     height, width, _ = image.shape
     if not _compiled() or height % size == 0 or width % size == 0:
         return shrink_reference(image, size)
-    if image.strides[1:] != (3, 1) or not image.flags.writeable:  # torch warns of memory it must not write
+    # Neither mirrored memory is for torch, nor, without a warning, such as must not be written.
+    if image.strides[0] < 0 or image.strides[1:] != (3, 1) or not image.flags.writeable:
         image = image.copy()
     out = np.empty((size, size, 3), np.uint8)
     torch.ops.dmv_fast.shrink_cpu.default(torch.from_numpy(image), torch.from_numpy(out))
