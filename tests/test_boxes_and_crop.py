@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmv_fast.vision.shrink import shrink, shrink_reference
 from dmv_fast.vision import boxes
 from dmv_fast.vision.crop import CROP_SIZE, Window, cut, normalise, search_window
+from dmv_fast.vision.shrink import shrink, shrink_reference
 
 sizes = st.floats(2, 900)
 places = st.floats(-200, 1500)
