@@ -10,7 +10,7 @@ using Vector = Lanes::Vector;
 constexpr int kWidth = Lanes::kWidth;
 constexpr int kRowsTogether = kWidth == 16 ? 8 : 4;  // times two vectors of channels: sums enough to hide the latency
 // Lines of weights fetched to L2 before they are needed, 32 KB: a core's own prefetching does not reach beyond a page.
-// 3 to 7 % of a frame; 3 KB are too few, 64 KB and fetching to L1 gain less.
+// 2 to 7 % of a frame; 3 KB are too few, 64 KB and fetching to L1 gain less.
 constexpr int64_t kAhead = 256;
 
 // kRowsTogether rows `pitch` apart, each of `pieces` pieces of `depth` numbers, `step` apart.
