@@ -31,6 +31,9 @@ const Isa* by_preference();  // all kIsas of them, the fastest first
 // call; throws where that one is unknown or does not run here).
 Isa chosen_isa();
 
+// Whether vpdpbusd runs here, of AVX512_VNNI: nearly all processors with AVX-512 but the first have it.
+bool has_vnni();
+
 // Whether a kernel that only one instruction set has may run: it runs here, and DMV_FAST_CPU_ISA names nothing below.
 bool allowed(Isa isa);
 

@@ -1,4 +1,4 @@
-// Retrieval for AVX-512 with its bfloat16 dot product: of bfloat16 numbers, and of float32 ones that it screens.
+// Retrieval for AVX-512 with its bfloat16 dot product.
 #include "retrieve_cpu.h"
 
 #ifdef DMV_X86
@@ -10,13 +10,10 @@ DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,bmi,pop
 #include "topk.h"
 #include "retrieve_loop.h"
 #include "product_bfloat16.h"
-#include "product_float32.h"
-#include "screen_bfloat16.h"
 
 namespace dmv_fast {
 
 RetrieveTiles avx512_bf16_kernel() { return retrieve_tiles<ProductBFloat16, BFloat16>; }
-RetrieveTiles avx512_bf16_screened_kernel() { return retrieve_tiles<ProductRounded, BFloat16, RoundedScreen>; }
 
 }  // namespace dmv_fast
 DMV_TARGET_END

@@ -57,7 +57,7 @@ RetrieveTiles kernel_for(Isa isa, Dtype dtype) {
 
 std::tuple<Tensor, Tensor> retrieve_by(
     RetrieveTiles kernel, const Tensor& query, const Tensor& keys, int64_t k, const std::optional<Tensor>& valid,
-    int64_t most_depth, int64_t together) {
+    int64_t most_depth, int64_t together, std::optional<int64_t> key_width = {}) {
   STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query, keys: must be (B, M, D) and (B, N, D)");
   const int64_t batches = query.size(0);
   Retrieval call;
@@ -65,7 +65,8 @@ std::tuple<Tensor, Tensor> retrieve_by(
   call.count = keys.size(1);
   call.depth = query.size(2);
   call.k = static_cast<int>(k);
-  STD_TORCH_CHECK(keys.size(0) == batches && keys.size(2) == call.depth, "keys: must be (B, N, D) as query says");
+  STD_TORCH_CHECK(
+      keys.size(0) == batches && keys.size(2) == key_width.value_or(call.depth), "keys: must be (B, N, D) as query says");
   STD_TORCH_CHECK(call.depth >= 1 && call.depth <= most_depth, "query: its last dimension must be 1..", most_depth);
   STD_TORCH_CHECK(k >= 1 && k <= kMaxK, "k: must be 1..32");
   STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "keys: its dtype must be query's");
@@ -128,7 +129,8 @@ RetrieveTiles split_kernel() {
 
 RetrieveTiles screened_kernel() {
 #ifdef DMV_X86
-  if (chosen_isa() == Isa::avx512_bf16) return avx512_bf16_screened_kernel();
+  const Isa isa = chosen_isa();
+  if ((isa == Isa::avx512 || isa == Isa::avx512_bf16) && has_vnni()) return avx512_vnni_screened_kernel();
 #endif
   return nullptr;
 }
@@ -154,23 +156,24 @@ std::tuple<Tensor, Tensor> retrieve_split_cpu(
   return retrieve_by(kernel, query, keys, k, valid, 2 * kMaxDepth, 32);
 }
 
-// Float32 numbers with a bfloat16 copy before them, which tells which of them matter, see dmv_fast/ops/packed.py.
+// Float32 numbers with bytes before them, which tell which of them matter, see dmv_fast/ops/packed.py.
 std::tuple<Tensor, Tensor> retrieve_screened_cpu(
-    const Tensor& query,                 // [B, M, 3 D] bfloat16, D a multiple of 32, else as above
-    const Tensor& keys,                  // [B, N, 3 D], N a multiple of 32 and contiguous along it
+    const Tensor& query,                 // [B, M, D] float32, D a multiple of 32, rows contiguous
+    const Tensor& keys,                  // [B, N, 5 D / 4 + 4], N a multiple of 32 and contiguous along it
     int64_t k,
     const std::optional<Tensor>& valid)  // [B] int32
 {
   const RetrieveTiles kernel = screened_kernel();
   STD_TORCH_CHECK(
-      kernel, "retrieve_screened_cpu: avx512_bf16 is not this processor's fastest, or DMV_FAST_CPU_ISA names another");
+      kernel, "retrieve_screened_cpu: AVX-512 with products of bytes is not this processor's fastest, or DMV_FAST_CPU_ISA"
+      " names another");
   STD_TORCH_CHECK(
-      query.scalar_type() == ScalarType::BFloat16 && query.dim() == 3 && query.size(2) % 96 == 0,
-      "query: must be bfloat16 (B, M, 3 D), D a multiple of 32");
+      query.scalar_type() == ScalarType::Float && query.dim() == 3 && query.size(2) % 32 == 0,
+      "query: must be float32 (B, M, D), D a multiple of 32");
   STD_TORCH_CHECK(
       keys.dim() == 3 && keys.size(1) % 32 == 0 && keys.stride(1) == keys.size(2),
-      "keys: must be (B, N, 3 D), N a multiple of 32, without gaps between them");
-  return retrieve_by(kernel, query, keys, k, valid, 3 * kMaxDepth, 1);
+      "keys: must be (B, N, 5 D / 4 + 4), N a multiple of 32, without gaps between them");
+  return retrieve_by(kernel, query, keys, k, valid, kMaxDepth, 1, query.size(2) / 4 * 5 + 4);
 }
 
 // What DMV_FAST_CPU_ISA may name on this machine, the fastest first.

@@ -7,7 +7,7 @@
 //   block(rows, stride, queries, depth, logits, between)
 //                  logits[32 keys][32 queries]; calls between(0) .. between(kGroups - 1) somewhere on its way, so
 //                  that the selection of the block before can hide under the matrix unit's time
-// The product may be a rough one where a `Screen` (screen_bfloat16.h) knows how far off it is at most, and makes exact
+// The product may be a rough one where a `Screen` (screen_int8.h) knows how far off it is at most, and makes exact
 // what may be among the best.
 #pragma once
 
@@ -51,6 +51,19 @@ bool needs_packing(int64_t depth) {
   return sizeof(Source) != sizeof(typename Product::Element) || depth % Product::kDepthStep != 0;
 }
 
+// How queries are laid out for a product: so many numbers each, rows of which a product may want packed otherwise.
+template <class Product>
+struct QueryPacking {
+  static int64_t numbers(int64_t padded) { return padded; }
+
+  template <class Source>
+  static void run(
+      const Source* from, int64_t stride, int64_t queries, int64_t depth, int64_t padded,
+      typename Product::Element* to) {
+    pack_queries<Product::kTogether>(from, stride, queries, depth, padded, to);
+  }
+};
+
 // Whether the memory has room for whole blocks, so that the last one is read where it lies, with anything behind its end.
 template <class Product>
 constexpr bool kWholeBlocks = false;
@@ -91,8 +104,8 @@ struct NoScreen {
     template <class Chunk>
     explicit Reach(const Chunk&) {}
   };
-  template <class Element>
-  void start(const Element*, int64_t, int64_t, int64_t) {}
+  template <class Source, class Element>
+  void start(const Source*, int64_t, int64_t, Element*) {}
   void face(Reach) {}
   void lower(TileState&) const {}
   template <class Chunk, class Element>
@@ -179,7 +192,8 @@ void retrieve_tiles(const Retrieval& call, int64_t batch, int64_t first, int64_t
   const int64_t tiles = last - first, depth = rounded_up(call.depth, Product::kDepthStep);
   const int64_t keys = call.valid ? call.valid[batch] : call.count;
 
-  const int64_t query_bytes = tiles * kTile * depth * sizeof(Element);
+  const int64_t tile_numbers = kTile * QueryPacking<Product>::numbers(depth);
+  const int64_t query_bytes = tiles * tile_numbers * sizeof(Element);
   const int64_t chunk_keys = smaller(kMaxChunk, kChunkBytes / (depth * sizeof(Element)) / kBlock * kBlock);
   const int64_t packed_keys = needs_packing<Product, Source>(call.depth) ? chunk_keys : kBlock;
   const int64_t row_bytes = packed_keys * depth * sizeof(Element);
@@ -197,11 +211,11 @@ void retrieve_tiles(const Retrieval& call, int64_t batch, int64_t first, int64_t
   const auto* query = reinterpret_cast<const Source*>(call.query) + batch * call.query_batch_stride;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = (first + t) * kTile, present = smaller(kTile, call.queries - row);
-    pack_queries<Product::kTogether>(
-        query + row * call.query_row_stride, call.query_row_stride, present, call.depth, depth,
-        queries + t * kTile * depth);
+    const Source* const first_row = query + row * call.query_row_stride;
+    Element* const packed_tile = queries + t * tile_numbers;
+    QueryPacking<Product>::run(first_row, call.query_row_stride, present, call.depth, depth, packed_tile);
     states[t].start(call.k, present);
-    screens[t].start(query + row * call.query_row_stride, call.query_row_stride, present, depth);
+    screens[t].start(first_row, call.query_row_stride, depth, packed_tile);
   }
 
   const auto* memory = reinterpret_cast<const Source*>(call.keys) + batch * call.key_batch_stride;
@@ -212,7 +226,7 @@ void retrieve_tiles(const Retrieval& call, int64_t batch, int64_t first, int64_t
     for (int64_t t = 0; t < tiles; ++t) {
       screens[t].face(reach);
       Pass<Chunk<Product, Source>, Element, Screen> pass{
-          chunk, queries + t * kTile * depth, screens[t], states[t], pending, logits, call.k};
+          chunk, queries + t * tile_numbers, screens[t], states[t], pending, logits, call.k};
       if (begin == 0)
         pass.first();
       else

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dmv_fast import ops
 from dmv_fast.ops.packed import (
-    copies_before_blocks,
+    bytes_before_blocks,
     from_tiles,
     pack_keys,
     packed_width,
@@ -21,7 +21,7 @@ from dmv_fast.ops.packed import (
     tiles_run,
     to_tiles,
     unpack_keys,
-    without_copies,
+    without_bytes,
 )
 from dmv_fast.ops.parts import bfloat16_parts
 
@@ -43,12 +43,19 @@ def test_two_parts_leave_a_hundred_thousandth():
     assert bfloat16_parts(x.bfloat16().float())[1].count_nonzero() == 0
 
 
-def test_a_rounded_copy_leaves_the_numbers_as_they_are():
+def test_bytes_leave_the_numbers_as_they_are():
     x = torch.randn(3, 64, 96).mT
-    laid = copies_before_blocks(x)
-    assert torch.equal(without_copies(laid), x)
-    copies = laid.view(torch.bfloat16).flatten(1)[:, : 32 * 64].view(3, 32, 64)
-    assert torch.equal(copies, x[:, :32].bfloat16())
+    laid = bytes_before_blocks(x)
+    assert torch.equal(without_bytes(laid), x)
+    assert laid.shape == (3, 96, packed_width(64, screened=True)[0])
+    whole = laid.view(torch.int8).flatten(1)[:, : 32 * 64].view(3, 32, 64)
+    numbers = laid.flatten(1)[:, 32 * 64 : 32 * 80].contiguous().view(torch.float32)
+    scale, sums, off, length = numbers.view(3, 4, 32).unbind(1)
+    rows = x[:, :32]
+    assert torch.equal(sums, 128.0 * whole.int().sum(-1))
+    assert ((whole * scale[..., None] - rows).abs() <= 0.501 * scale[..., None]).all()
+    assert ((whole * scale[..., None] - rows).norm(dim=-1) <= off * 1.00001).all()
+    assert (off < 0.02 * length).all() and torch.allclose(length, rows.norm(dim=-1))
 
 
 def test_keys_need_the_room_that_is_said():

@@ -1,11 +1,11 @@
-"""float32 retrieval made of bfloat16 products, over keys that are stored packed for it; on a CPU only.
+"""float32 retrieval mostly by cheaper products, over keys that are stored packed for it; on a CPU only.
 
 Two layouts, by what the processor has:
     tiles     with AMX: each number is two of bfloat16 (`ops.parts`), keys lie as the tiles that the matrix
               unit loads, and three of the four products of parts are summed (csrc/retrieve_amx.cpp).
-    screened  with AVX512_BF16 alone, where three products would take more time than float32 does: a
-              bfloat16 copy stands before every 32 float32 keys. The copies tell which few keys may be among
-              the best, and those are multiplied in float32 (csrc/screen_bfloat16.h).
+    screened  with AVX-512 and its products of bytes (AVX512_VNNI): every 32 keys stand there as bytes, and as
+              they are behind. The bytes tell which few keys may be among the best, and those are multiplied
+              in float32 (csrc/screen_int8.h).
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ def tiles_run() -> bool:
 
 
 def screening_runs() -> bool:
-    """Whether this processor retrieves by screening: it has AVX512_BF16 and no AMX."""
+    """Whether this processor retrieves by screening: it has AVX512_VNNI and no AMX."""
     return cpu_kernel_runs("retrieve_screened_cpu")
 
 
-def packed_width(depth: int) -> tuple[int, torch.dtype]:
-    """How wide `pack_keys` makes keys of that depth, and of which numbers."""
-    return (3 * depth // 2, torch.float32) if screening_runs() else (2 * depth, torch.bfloat16)
+def packed_width(depth: int, *, screened: bool | None = None) -> tuple[int, torch.dtype]:
+    """How wide `pack_keys` makes keys of that depth, and of which numbers; screened: None, as it does here."""
+    if screening_runs() if screened is None else screened:
+        return 5 * depth + 16, torch.uint8
+    return 2 * depth, torch.bfloat16
 
 
 # ---- AMX: two parts ----------------------------------------------------------------------------------
@@ -59,31 +61,36 @@ def from_tiles(keys: Tensor) -> Tensor:
     return tiles.transpose(2, 3).reshape(batch, count, width // 2)
 
 
-# ---- AVX512_BF16: a bfloat16 copy ----------------------------------------------------------------------
+# ---- AVX-512: bytes ------------------------------------------------------------------------------------
 
 
-def with_bfloat16_copy(rows: Tensor) -> Tensor:
-    """(B, M, D) float32, D even -> (B, M, 3 D / 2): in bfloat16, two in the room of one; then as given."""
-    rows = rows.detach().float()
-    return torch.cat([rows.bfloat16().contiguous().view(torch.float32), rows], -1)
+def bytes_before_blocks(rows: Tensor) -> Tensor:
+    """Keys (B, N, D) float32, N a multiple of 32, D of 4 -> (B, N, 5 D + 16) uint8, laid out in 32s.
 
-
-def copies_before_blocks(rows: Tensor) -> Tensor:
-    """Keys (B, N, D) float32, N a multiple of 32, D even -> (B, N, 3 D / 2): 32 copies, then the 32 as given.
-
-    So all that a frame reads of most keys lies side by side; copy by copy it took a tenth more.
+    First the 32 as bytes: whole numbers up to 127 times a scale of each row, so that all a frame reads of most
+    keys lies side by side. Then those scales, 128 times the sums of the bytes, how far each row is
+    from its bytes times the scale, and its length. Then the 32 as they are.
     """
     batch, count, depth = rows.shape
-    blocks = rows.detach().float().reshape(batch, count // 32, 32, depth)
-    copies = blocks.bfloat16().contiguous().view(torch.float32)
-    return torch.cat([copies.flatten(2), blocks.flatten(2)], -1).view(batch, count, 3 * depth // 2)
+    rows = rows.detach().float()
+    scale = rows.abs().amax(-1, keepdim=True) / 127
+    whole = (rows / scale).nan_to_num(0, 0, 0).round().clamp(-127, 127)
+    off = (rows.double() - whole.double() * scale.double()).norm(dim=-1, keepdim=True)
+    length = rows.double().norm(dim=-1, keepdim=True)
+    sums = 128 * whole.sum(-1, keepdim=True)
+    more = 1 + 2**-20  # than float32 rounds down
+    numbers = whole.to(torch.int8).contiguous().view(torch.float32)
+    parts = numbers, scale, sums, (off * more).float(), (length * more).float(), rows
+    blocks = [part.reshape(batch, count // 32, -1) for part in parts]
+    return torch.cat(blocks, -1).view(torch.uint8).view(batch, count, 5 * depth + 16)
 
 
-def without_copies(keys: Tensor) -> Tensor:
-    """What `copies_before_blocks` was given."""
+def without_bytes(keys: Tensor) -> Tensor:
+    """What `bytes_before_blocks` was given."""
     batch, count, width = keys.shape
-    blocks = keys.reshape(batch, count // 32, 32 * width)
-    return blocks[..., 32 * width // 3 :].reshape(batch, count, 2 * width // 3)
+    depth = (width - 16) // 5
+    blocks = keys.reshape(batch, count // 32, 32 * width).view(torch.float32)
+    return blocks[..., -32 * depth :].reshape(batch, count, depth)
 
 
 # ---- either --------------------------------------------------------------------------------------------
@@ -94,12 +101,12 @@ def pack_keys(rows: Tensor) -> Tensor:
 
     Any whole 32s of keys can be written in the place of others.
     """
-    return copies_before_blocks(rows) if screening_runs() else to_tiles(rows)
+    return bytes_before_blocks(rows) if screening_runs() else to_tiles(rows)
 
 
 def unpack_keys(keys: Tensor) -> Tensor:
     """What `pack_keys` was given, within 2^-17 of it."""
-    return without_copies(keys) if keys.dtype == torch.float32 else from_tiles(keys)
+    return without_bytes(keys) if keys.dtype == torch.uint8 else from_tiles(keys)
 
 
 def retrieve_packed_reference(
@@ -128,9 +135,9 @@ def retrieve_packed(
     Returns:
         scores (B, M, k) float32 and indices (B, M, k) int32, as retrieve. Without AMX the set is an exact
         top-k of the float32 logits, and the scores are exact to a factor that all of a query's have in
-        common: in the softmax's denominator the keys that cannot be among the k best keep their bfloat16
-        logit. That is off by 2^-7 |query| |key| at the very most, half of it where query and key are alike;
-        scores over their sum are as exact as retrieve's.
+        common: in the softmax's denominator the keys that cannot be among the k best keep the logit of their
+        bytes. Of rows of length 1 whose largest numbers are a quarter that is off by about 0.001 |query|
+        |key|, by twenty times that at the very most; scores over their sum are as exact as retrieve's.
 
     Raises:
         ValueError: for valid, or where the C++ extension is not there.
@@ -140,13 +147,13 @@ def retrieve_packed(
     if isinstance(valid, int):
         if not 0 <= valid <= keys.shape[1]:
             raise ValueError(f"valid: is {valid}, it must be 0..{keys.shape[1]}, the number of keys")
-        if keys.dtype == torch.float32:  # blocks that may be cut anywhere
+        if keys.dtype == torch.uint8:  # blocks that may be cut anywhere
             valid = keys.new_full((len(keys),), valid, dtype=torch.int32)
         else:
             keys, valid = keys[:, :valid], None
     if keys.shape[1] == 0:
         return retrieve_packed_reference(query, keys, k, valid)
-    if keys.dtype == torch.float32:
-        halves = with_bfloat16_copy(query).view(torch.bfloat16), keys.view(torch.bfloat16)
-        return torch.ops.dmv_fast.retrieve_screened_cpu.default(*halves, k, valid)
+    if keys.dtype == torch.uint8:
+        rows = keys.view(torch.float32)
+        return torch.ops.dmv_fast.retrieve_screened_cpu.default(query.contiguous(), rows, k, valid)
     return torch.ops.dmv_fast.retrieve_split_cpu.default(parts_in_a_row(query), keys, k, valid)
