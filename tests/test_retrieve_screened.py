@@ -14,6 +14,7 @@ from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.ops.packed import bytes_before_blocks, retrieve_packed, screening_runs
 from dmv_fast.runtime.network import FastNetwork
 
+
 @pytest.fixture(autouse=True)
 def _seed_and_require(monkeypatch):
     require("cpu:avx512")

@@ -84,7 +84,7 @@ class FastNetwork:
 
     split: of float32, make large products of bfloat16 ones, of two parts of each number (see Convolution).
     Keys are stored packed for the processor (ops.packed): with `split` where there is AMX, in any case where
-    AVX512_BF16 screens them.
+    products of bytes screen them.
     """
 
     def __init__(
