@@ -12,7 +12,10 @@ from importlib import metadata
 from pathlib import Path
 
 _MODULES = ("torch", "triton", "numpy", "cv2", "safetensors")
-_ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+_ISA = (
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16",
+    "sve",
+)  # fmt: skip
 _BUILD_RECORD = Path(__file__).with_name("_build.json")
 
 

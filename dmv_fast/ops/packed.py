@@ -29,7 +29,7 @@ def screening_runs() -> bool:
 
 
 def packed_width(depth: int, *, screened: bool | None = None) -> tuple[int, torch.dtype]:
-    """How wide `pack_keys` makes keys of that depth, and of which numbers; screened: None, as it does here."""
+    """How wide `pack_keys` makes keys of that depth, and of which numbers. screened: None, as here."""
     if screening_runs() if screened is None else screened:
         return 5 * depth + 16, torch.uint8
     return 2 * depth, torch.bfloat16
@@ -67,9 +67,9 @@ def from_tiles(keys: Tensor) -> Tensor:
 def bytes_before_blocks(rows: Tensor) -> Tensor:
     """Keys (B, N, D) float32, N a multiple of 32, D of 4 -> (B, N, 5 D + 16) uint8, laid out in 32s.
 
-    First the 32 as bytes: whole numbers up to 127 times a scale of each row, so that all a frame reads of most
-    keys lies side by side. Then those scales, 128 times the sums of the bytes, how far each row is
-    from its bytes times the scale, and its length. Then the 32 as they are.
+    First the 32 as bytes: whole numbers up to 127 times a scale of each row, so that all a frame reads of
+    most keys lies side by side. Then those scales, 128 times the sums of the bytes, how far each row is from
+    its bytes times the scale, and its length. Then the 32 as they are.
     """
     batch, count, depth = rows.shape
     rows = rows.detach().float()
