@@ -39,7 +39,7 @@ void convolve_pixels_float32_cpu(
       convolve_pixels_float32_cpu_runs(),
       "convolve_pixels_float32_cpu: this processor has no AVX2, or DMV_FAST_CPU_ISA names less");
   STD_TORCH_CHECK(
-      crops.dim() == 4 && crops.size(1) % 4 == 0 && crops.size(2) % 16 == 0 && crops.size(3) == 3,
+      crops.dim() == 4 && crops.size(1) % 4 == 0 && crops.size(2) % 16 == 0 && crops.size(2) > 0 && crops.size(3) == 3,
       "crops: must be (B, H, W, 3), H a multiple of 4 and W of 16");
   PixelsFloat32 c;
   c.height = crops.size(1), c.width = crops.size(2), c.c_out = bias.numel();

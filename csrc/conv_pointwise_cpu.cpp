@@ -16,6 +16,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kShare = 8;  // pixels that one thread takes: of a product
+constexpr int64_t kMostStride = 1 << 20;
 
 bool convolve_pointwise_cpu_runs() { return allowed(Isa::avx2); }
 
@@ -38,7 +39,7 @@ void convolve_pointwise_cpu(
   STD_TORCH_CHECK(
       convolve_pointwise_cpu_runs(), "convolve_pointwise_cpu: this processor has no AVX2, or DMV_FAST_CPU_ISA names less");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: must be (B, H, W, C)");
-  STD_TORCH_CHECK(stride >= 1, "stride: must be 1 or more");
+  STD_TORCH_CHECK(stride >= 1 && stride <= kMostStride, "stride: must be 1..", kMostStride);
   Pointwise c;
   c.crops = x.size(0), c.height = x.size(1), c.width = x.size(2), c.c_in = x.size(3);
   c.rows = (c.height + stride - 1) / stride, c.columns = (c.width + stride - 1) / stride;

@@ -16,6 +16,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kMost = 1 << 20;          // of what a convolution is told
 constexpr int64_t kSmallWeights = 3 << 20;  // bytes: those that block after block may read, from L2 and L3
 constexpr int64_t kOwnRoom = 640 << 10;     // bytes of points and sums a thread, then: they stay in its L2 ...
 constexpr int64_t kSharedRoom = 8 << 20;    // ... and that all threads share where weights are read once
@@ -94,7 +95,8 @@ void convolve_winograd_cpu(
       convolve_winograd_cpu_runs(), "convolve_winograd_cpu: this processor has no AVX2, or DMV_FAST_CPU_ISA names less");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: must be (B, H, W, C)");
   STD_TORCH_CHECK(
-      padding >= 0 && dilation >= 1 && groups >= 1, "dilation and groups must be 1 or more, padding 0 or more");
+      padding >= 0 && padding <= kMost && dilation >= 1 && dilation <= kMost && groups >= 1 && groups <= kMost,
+      "dilation and groups must be 1 or more, padding 0 or more, none over ", kMost);
   STD_TORCH_CHECK(stride == 1 || (stride == 2 && dilation == 1), "stride: must be 1, or 2 without dilation");
   Winograd c;
   c.crops = x.size(0), c.height = x.size(1), c.width = x.size(2), c.c_in = x.size(3);

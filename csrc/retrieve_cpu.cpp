@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor> retrieve_by(
     for (int64_t b = 0; b < batches; ++b)
       STD_TORCH_CHECK(
           call.valid[b] >= 0 && call.valid[b] <= call.count && call.valid[b] % together == 0,
-          "valid: must lie in 0..N, multiples of ", together);
+          "valid: must lie in 0..N", together > 1 ? ", multiples of 32" : "");
   }
 
   Tensor scores = torch::stable::new_empty(query, {batches, call.queries, k}, ScalarType::Float);

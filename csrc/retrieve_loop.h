@@ -107,6 +107,7 @@ struct NoScreen {
   template <class Source, class Element>
   void start(const Source*, int64_t, int64_t, Element*) {}
   void face(Reach) {}
+  bool bounds() const { return true; }
   void lower(TileState&) const {}
   template <class Chunk, class Element>
   void refine(const TileState&, const Chunk&, int64_t, const Element*, float*) const {}
@@ -128,8 +129,10 @@ struct Pass {
   void first() {
     for (int64_t key = chunk.begin; key < chunk.end; key += kBlock)
       chunk.multiply(key, queries, logits + (key - chunk.begin) * kTile, [](int) {});
-    raise_threshold(state, logits, chunk.end - chunk.begin, k);
-    screen.lower(state);
+    if (screen.bounds()) {
+      raise_threshold(state, logits, chunk.end - chunk.begin, k);
+      screen.lower(state);
+    }
     running.load_threshold(state);
     for (int64_t key = chunk.begin; key < chunk.end; key += kBlock) {
       float* const block = logits + (key - chunk.begin) * kTile;

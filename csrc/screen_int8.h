@@ -141,7 +141,7 @@ struct Int8Screen {
   float length[kTile], error[kTile], margin[kTile];
   const float* rows;
   int64_t stride;
-  bool all;  // where a key's numbers are not finite no bound holds
+  bool all;  // keys are multiplied in float32: no bound holds where their numbers, or the bounds, are not finite
 
   void start(const float* queries, int64_t row_stride, int64_t depth, float* packed) {
     rows = queries;
@@ -151,15 +151,19 @@ struct Int8Screen {
     __builtin_memcpy(error, tile.error, sizeof error);
   }
 
-  // Bounds that are no numbers say nothing: all keys are looked at. 4e-6: what float32 sums round off.
+  // 4e-6: what float32 sums round off. A query that has no length spoils its own lane only.
   void face(const Reach& keys) {
     all = !(keys.error <= 3e38f && keys.length <= 3e38f);
     for (int lane = 0; lane < kTile; ++lane) {
       const float most = length[lane] * keys.error + error[lane] * (keys.length + keys.error);
-      const float margin_here = 1.001f * most + 4e-6f * length[lane] * keys.length;
-      margin[lane] = margin_here == margin_here ? margin_here : __builtin_inff();
+      const bool known = length[lane] <= 3e38f;
+      margin[lane] = known ? 1.001f * most + 4e-6f * length[lane] * keys.length : __builtin_inff();
+      all = all || (known && !(margin[lane] <= 1e37f));
     }
   }
+
+  // Whether the products of bytes say anything.
+  bool bounds() const { return !all; }
 
   // Thresholds found among products of bytes, so that they hold for float32 ones.
   void lower(TileState& state) const {

@@ -6,7 +6,7 @@
 //
 // A logit that beats its query's threshold, which becomes rare soon, is only noted (append); the notes of all
 // queries enter their lists together, lane by lane again (insert_pending). Ties keep the order of the
-// keys, so the smaller index comes first.
+// keys, so the smaller index comes first (but where a screen has summed equal keys in two ways).
 #pragma once
 
 namespace dmv_fast {

@@ -144,6 +144,29 @@ def test_a_bad_row_keeps_to_itself(poison):
     assert torch.equal(indices[1, ~reached], expected[1, ~reached])
 
 
+@pytest.mark.parametrize("place, valid", [(639, 640), (255, 256), (0, 640)])
+def test_a_key_of_minus_infinity_is_out(place, valid):
+    """And nothing else is: the bytes of such a key are no numbers."""
+    query, keys = torch.rand(1, 40, 64), unit(1, 640, 64)
+    keys[0, place, 5] = -torch.inf
+    expected = ops.retrieve(query, keys, 4, valid=valid, backend="cpu")
+    scores, indices = retrieve(query, keys, 4, valid)
+    assert torch.equal(indices, expected[1])
+    torch.testing.assert_close(scores, expected[0], atol=0, rtol=0.01)
+
+
+@pytest.mark.parametrize("exponent", [17, 22, 30])
+def test_numbers_whose_scales_overflow(exponent):
+    """Query and key are long where the other is zero, so that the logits are small."""
+    query, keys = torch.randn(1, 40, 64), unit(1, 640, 64)
+    query[..., 0], keys[..., 0] = 10.0**exponent, 0
+    query[..., 2], keys[..., 2] = 0, 10.0**exponent
+    expected = ops.retrieve(query, keys, 4, backend="cpu")
+    scores, indices = retrieve(query, keys, 4)
+    assert torch.equal(indices, expected[1])
+    torch.testing.assert_close(scores, expected[0], atol=0, rtol=1e-4)
+
+
 def test_same_bits_however_the_work_is_split():
     """Neither threads, nor the tiles of a call, nor what lies behind `valid` change a bit."""
     query, keys = 12 * unit(3, 200, 64), unit(3, 1312, 64)
@@ -172,6 +195,10 @@ def test_wrong_rows_are_refused():
         retrieve_packed(query, keys[:, :40], 4)
     with pytest.raises(RuntimeError, match="valid: must lie in 0..N"):
         retrieve_packed(query, keys, 4, valid=torch.tensor([65], dtype=torch.int32))
+    with pytest.raises(ValueError, match="keys: are torch.float32, they must be what pack_keys gives"):
+        retrieve_packed(query, unit(1, 64, 64), 4)
+    with pytest.raises(ValueError, match="rows: has shape .1, 33, 64., N must be a multiple of 32"):
+        bytes_before_blocks(unit(1, 33, 64))
     with pytest.raises(ValueError, match="valid: is 65, it must be 0..64"):
         retrieve_packed(query, keys, 4, valid=65)
     with pytest.raises(RuntimeError, match="k: must be 1..32"):

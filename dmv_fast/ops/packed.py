@@ -24,7 +24,7 @@ def tiles_run() -> bool:
 
 
 def screening_runs() -> bool:
-    """Whether this processor retrieves by screening: it has AVX512_VNNI and no AMX."""
+    """Whether this processor retrieves by screening: it has AVX512_VNNI and no AMX that may be used."""
     return cpu_kernel_runs("retrieve_screened_cpu")
 
 
@@ -72,6 +72,8 @@ def bytes_before_blocks(rows: Tensor) -> Tensor:
     its bytes times the scale, and its length. Then the 32 as they are.
     """
     batch, count, depth = rows.shape
+    if count % 32 or depth % 4:
+        raise ValueError(f"rows: has shape {tuple(rows.shape)}, N must be a multiple of 32 and D of 4")
     rows = rows.detach().float()
     scale = rows.abs().amax(-1, keepdim=True) / 127
     whole = (rows / scale).nan_to_num(0, 0, 0).round().clamp(-127, 127)
@@ -79,8 +81,8 @@ def bytes_before_blocks(rows: Tensor) -> Tensor:
     length = rows.double().norm(dim=-1, keepdim=True)
     sums = 128 * whole.sum(-1, keepdim=True)
     more = 1 + 2**-20  # than float32 rounds down
-    numbers = whole.to(torch.int8).contiguous().view(torch.float32)
-    parts = numbers, scale, sums, (off * more).float(), (length * more).float(), rows
+    in_bytes = whole.to(torch.int8).contiguous().view(torch.float32)
+    parts = in_bytes, scale, sums, (off * more).float(), (length * more).float(), rows
     blocks = [part.reshape(batch, count // 32, -1) for part in parts]
     return torch.cat(blocks, -1).view(torch.uint8).view(batch, count, 5 * depth + 16)
 
@@ -136,21 +138,25 @@ def retrieve_packed(
         scores (B, M, k) float32 and indices (B, M, k) int32, as retrieve. Without AMX the set is an exact
         top-k of the float32 logits, and the scores are exact to a factor that all of a query's have in
         common: in the softmax's denominator the keys that cannot be among the k best keep the logit of their
-        bytes. Of rows of length 1 whose largest numbers are a quarter that is off by about 0.001 |query|
-        |key|, by twenty times that at the very most; scores over their sum are as exact as retrieve's.
+        bytes. Of rows of length 1 and D = 256 whose largest numbers are a quarter that is off by about 0.001
+        |query| |key|, by thirty times that at the very most; scores over their sum are as exact as
+        retrieve's. Of equal keys the smaller index need not come first.
 
     Raises:
         ValueError: for valid, or where the C++ extension is not there.
         RuntimeError: naming another argument, or where the processor has no such instructions.
     """
     check_backend("cpu", query.device.type)
-    if isinstance(valid, int):
-        if not 0 <= valid <= keys.shape[1]:
-            raise ValueError(f"valid: is {valid}, it must be 0..{keys.shape[1]}, the number of keys")
+    if keys.dtype not in (torch.uint8, torch.bfloat16):
+        raise ValueError(f"keys: are {keys.dtype}, they must be what pack_keys gives")
+    if valid is not None and not isinstance(valid, Tensor):
+        count, valid = int(valid), None
+        if not 0 <= count <= keys.shape[1]:
+            raise ValueError(f"valid: is {count}, it must be 0..{keys.shape[1]}, the number of keys")
         if keys.dtype == torch.uint8:  # blocks that may be cut anywhere
-            valid = keys.new_full((len(keys),), valid, dtype=torch.int32)
+            valid = keys.new_full((len(keys),), count, dtype=torch.int32)
         else:
-            keys, valid = keys[:, :valid], None
+            keys = keys[:, :count]
     if keys.shape[1] == 0:
         return retrieve_packed_reference(query, keys, k, valid)
     if keys.dtype == torch.uint8:

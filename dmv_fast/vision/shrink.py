@@ -22,13 +22,14 @@ def _compiled() -> bool:
 
 
 def shrink(image: np.ndarray, size: int) -> np.ndarray:
-    """The image (H, W, 3) uint8, H, W >= size, as (size, size, 3).
+    """The image (H, W, 3) uint8, H, W >= size >= 1, as (size, size, 3).
 
     Equal to the reference to the bit. OpenCV takes the C++ way's two to three times, but for lengths that
-    are a multiple of size: these stay its.
+    are a multiple of size: these stay its, as does what is not uint8 of three colours.
     """
-    height, width, _ = image.shape
-    if not _compiled() or height % size == 0 or width % size == 0:
+    height, width, colours = image.shape
+    ours = _compiled() and colours == 3 and image.dtype == np.uint8
+    if not ours or height % size == 0 or width % size == 0:
         return shrink_reference(image, size)
     # Neither mirrored memory is for torch, nor, without a warning, such as must not be written.
     if image.strides[0] < 0 or image.strides[1:] != (3, 1) or not image.flags.writeable:
