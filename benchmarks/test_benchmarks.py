@@ -1,8 +1,8 @@
 """The main figures under pytest-benchmark, to be compared from commit to commit:
 
-pip install -e '.[bench]'
-pytest benchmarks/ --benchmark-only --benchmark-autosave
-pytest benchmarks/ --benchmark-only --benchmark-compare
+    pip install -e '.[bench]'
+    pytest benchmarks/ --benchmark-only --benchmark-autosave
+    pytest benchmarks/ --benchmark-only --benchmark-compare
 """
 
 from __future__ import annotations

@@ -17,6 +17,13 @@ struct Gather {
   int64_t value_batch_stride, value_row_stride, query_batch_stride, query_row_stride;
 };
 
+// What a score is multiplied by to be its candidate's weight: k over the sum of all k scores.
+inline float weight_scale(const float* scores, int64_t k) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < k; ++i) sum += scores[i];
+  return static_cast<float>(k) / sum;
+}
+
 // Writes the rows of queries begin..end, counted through all batch items.
 using GatherRows = void (*)(const Gather& call, int64_t begin, int64_t end);
 

@@ -13,9 +13,7 @@ void gather_rows(const Gather& call, int64_t begin, int64_t end) {
     const T* const query = static_cast<const T*>(call.query_part) + batch * call.query_batch_stride +
         place % call.queries * call.query_row_stride;
     const float* const scores = call.scores + place * call.k;
-    float sum = 0.0f;
-    for (int64_t i = 0; i < call.k; ++i) sum += scores[i];
-    const float scale = static_cast<float>(call.k) / sum;
+    const float scale = weight_scale(scores, call.k);
     for (int64_t i = 0; i < call.k; ++i) {
       const int32_t index = call.indices[place * call.k + i];
       const T* const value =

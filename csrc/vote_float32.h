@@ -14,7 +14,8 @@
 // and the logits of d_j are those of x_j less the one of x_0: keys and values are needed of K - 1 candidates only. A row's
 // numbers lie in the lanes. Of queries and keys it is number 0 of all 8 heads, then number 1 of all heads and so on, so
 // that neither logits nor softmax need a sum across lanes.
-// Wants a `Lanes` before it, and `Heads`, vectors of the 8 heads of kCandidates candidates or of a part of one's:
+// Wants gather_cpu.h and a `Lanes` before it, and `Heads`, vectors of the 8 heads of kCandidates candidates or of a part of
+// one's:
 //   load(p, stride)      those of a candidate at p and of the next one, `stride` numbers on
 //   load_same(p)         those at p for each candidate
 //   store(p, stride, v)  the counterpart of load
@@ -134,9 +135,7 @@ inline void gather(const Float32Voting& call, int64_t first, int locations, Vote
   for (int64_t location = first; location < first + locations; ++location) {
     const float *const values = call.values + location / call.queries * call.value_batch_stride;
     const float* const scores = call.scores + location * call.candidates;
-    float sum = 0.0f;
-    for (int i = 0; i < call.candidates; ++i) sum += scores[i];
-    const float scale = static_cast<float>(call.candidates) / sum;
+    const float scale = weight_scale(scores, call.candidates);
     for (int i = 0; i < call.candidates; ++i) {
       const int32_t index = call.indices[location * call.candidates + i];
       *candidate++ = {index < 0 ? call.null_value : values + index * call.value_row_stride, scores[i] * scale};

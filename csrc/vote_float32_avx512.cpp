@@ -1,4 +1,5 @@
 // Voting in float32 for AVX-512.
+#include "gather_cpu.h"
 #include "vote_cpu.h"
 
 #ifdef DMV_X86

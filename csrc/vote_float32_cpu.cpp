@@ -31,7 +31,7 @@ Tensor vote_float32_cpu(
     const Tensor& query_part,  // [B, M, C]
     const Tensor& indices,     // [B, M, K] int32
     const Tensor& scores,      // [B, M, K] float32
-    const Tensor& to_q,        // [8 * C/4 / 32, C, 32], see _panels
+    const Tensor& to_q,        // [8 * C/4 / 32, C, 32], see panels in fold.py
     const Tensor& q_bias,      // [8 * C/4]
     const Tensor& mix,         // [2 * C / 32, C, 32]
     const Tensor& mix_bias,    // [C]

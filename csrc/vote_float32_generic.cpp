@@ -1,4 +1,5 @@
 // Voting in float32 in plain C++: whatever vectors the compiler's baseline has.
+#include "gather_cpu.h"
 #include "lanes_portable.h"
 #include "vote_heads_portable.h"
 #include "vote_float32.h"

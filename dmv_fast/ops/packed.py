@@ -28,11 +28,9 @@ def screening_runs() -> bool:
     return cpu_kernel_runs("retrieve_screened_cpu")
 
 
-def packed_width(depth: int, *, screened: bool | None = None) -> tuple[int, torch.dtype]:
-    """How wide `pack_keys` makes keys of that depth, and of which numbers. screened: None, as here."""
-    if screening_runs() if screened is None else screened:
-        return 5 * depth + 16, torch.uint8
-    return 2 * depth, torch.bfloat16
+def packed_width(depth: int) -> tuple[int, torch.dtype]:
+    """How wide `pack_keys` makes keys of that depth, and of which numbers."""
+    return (5 * depth + 16, torch.uint8) if screening_runs() else (2 * depth, torch.bfloat16)
 
 
 # ---- AMX: two parts ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
-from dmv_fast.runtime.fold import norm_line, scaled
+from dmv_fast.runtime.fold import norm_line, panels, scaled
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on
@@ -68,16 +68,16 @@ class Convolution:
         if on_cpu and _suits_amx(weight, groups, dtype, split):
             self._run, self._weight = self._amx, _amx_tiles(weight, split)
             self._scale = torch.ones(len(weight)) if scale is None else scale.float()
-            self._wide_bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+            self._wide_bias = _full_bias(weight, bias)
             return
         weight = weight if scale is None else scaled(weight, scale)
         if on_cpu and dtype == torch.float32 and _suits_winograd(weight, stride, dilation, groups):
             self._run, self._weight = self._winograd, _winograd_points(weight, stride)
-            self._wide_bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+            self._wide_bias = _full_bias(weight, bias)
             return
         if on_cpu and dtype == torch.float32 and _suits_pointwise(weight, padding, groups):
             self._run, self._weight = self._pointwise, panels(weight[:, :, 0, 0].detach().float())
-            self._wide_bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+            self._wide_bias = _full_bias(weight, bias)
             return
         if gpu and groups > 1:
             weight, self._geometry = _ungrouped(weight, groups), (*self._geometry[:3], 1)
@@ -196,6 +196,11 @@ class Convolution:
         return y.relu_() if self._relu else y
 
 
+def _full_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A float32 number for each channel, as our own kernels take them."""
+    return torch.zeros(len(weight)) if bias is None else bias.detach().float()
+
+
 def padding_of(conv: nn.Conv2d) -> int:
     """Of a square convolution whose padding is a number and not a rule."""
     assert not isinstance(conv.padding, str)
@@ -275,11 +280,6 @@ def _suits_pointwise(weight: Tensor, padding: int, groups: int) -> bool:
     whole = c_in % 16 == 0 and c_out % 32 == 0 and c_in * c_out < 256 * 1024
     fits = size == [1, 1] and (padding, groups) == (0, 1) and whole
     return fits and cpu_kernel_runs("convolve_pointwise_cpu")
-
-
-def panels(weight: Tensor) -> Tensor:
-    """(..., C_out, C_in) -> (..., C_out / 32, C_in, 32)."""
-    return weight.unflatten(-2, (-1, 32)).transpose(-1, -2).contiguous()
 
 
 def _ungrouped(weight: Tensor, groups: int) -> Tensor:

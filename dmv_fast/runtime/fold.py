@@ -29,6 +29,11 @@ def scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight.double() * scale.double()[:, None, None, None]).float()
 
 
+def panels(weight: Tensor) -> Tensor:
+    """(..., C_out, C_in) -> (..., C_out / 32, C_in, 32), as the CPU's float32 products read them."""
+    return weight.unflatten(-2, (-1, 32)).transpose(-1, -2).contiguous()
+
+
 def fold_pixels(weight: Tensor, deviation: tuple[float, ...]) -> Tensor:
     """conv1 on (pixel - mean) in BGR, instead of on RGB divided by 255 and by the deviation (R, G, B).
 

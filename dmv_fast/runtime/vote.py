@@ -15,7 +15,7 @@ from dmv_fast import ops
 from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
-from dmv_fast.runtime.fold import VoteWeights
+from dmv_fast.runtime.fold import VoteWeights, panels
 
 _FUSED_WIDTH = 64  # C that the fused kernels are written for
 _FUSED_HEADS = 8  # heads that the float32 kernel always runs; missing ones are zero
@@ -92,8 +92,8 @@ class SpreadVote:
         mix = torch.cat([itself, itself + sum(heads)]).float()
         q_bias = _by_number(weights.q_bias, weights.heads)
         self._weights = (
-            _panels(self._spread[: len(q_bias)]), q_bias, _panels(mix), weights.mix_bias,
-            _panels(weights.out), weights.out_bias, weights.epsilon,
+            panels(self._spread[: len(q_bias)]), q_bias, panels(mix), weights.mix_bias,
+            panels(weights.out), weights.out_bias, weights.epsilon,
         )  # fmt: skip
 
     def store(self, values: Tensor) -> Tensor:
@@ -182,11 +182,6 @@ def _by_number(weight: Tensor, heads: int) -> Tensor:
     numbers = weight.unflatten(0, (heads, -1)).transpose(0, 1)
     absent = numbers.new_zeros(len(numbers), _FUSED_HEADS - heads, *numbers.shape[2:])
     return torch.cat([numbers, absent], 1).flatten(0, 1)
-
-
-def _panels(weight: Tensor) -> Tensor:
-    """(out, in) -> (out / 32, in, 32)."""
-    return weight.unflatten(0, (-1, 32)).transpose(1, 2).contiguous()
 
 
 def _pairs(weight: Tensor) -> Tensor:
