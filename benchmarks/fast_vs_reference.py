@@ -21,9 +21,10 @@ import numpy as np
 
 from dmv_fast.evaluation import datasets
 from dmv_fast.evaluation.metrics import overlap, score_sequence
-from dmv_fast.evaluation.results import load_run, write_text
+from dmv_fast.evaluation.results import load_run
 from dmv_fast.evaluation.runner import evaluate
 from dmv_fast.evaluation.trackers import DMVFactory
+from dmv_fast.files import write_text
 
 WANTED_IOU, WANTED_AUC = 0.95, 0.005
 

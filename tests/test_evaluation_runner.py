@@ -82,7 +82,7 @@ class Still:
 
 
 def partial_files(out: Path) -> list[Path]:
-    return list(out.rglob("*.part"))
+    return list(out.rglob("*.part*"))
 
 
 def figures(results: Results) -> list[dict[str, object]]:

@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
+from dmv_fast.files import replaced_when_complete
 from dmv_fast.vision.draw import contact_sheet, draw_box, fit
-from dmv_fast.vision.video import VideoError, VideoWriter, open_source, replaced_when_complete
+from dmv_fast.vision.video import VideoError, VideoWriter, open_source
 
 
 def grey(level: int, width: int = 64, height: int = 48) -> np.ndarray:
@@ -321,6 +322,10 @@ def test_replaced_when_complete(tmp_path):
         raise RuntimeError
     assert target.read_text() == "new"
     with pytest.raises(KeyboardInterrupt), replaced_when_complete(target) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "new" and names(tmp_path) == {"a.csv"}
+    with pytest.raises(KeyboardInterrupt), replaced_when_complete(target, keep_interrupted=True) as partial:
         partial.write_text("so far")
         raise KeyboardInterrupt
     assert target.read_text() == "so far" and names(tmp_path) == {"a.csv"}

@@ -24,7 +24,8 @@ from benchmarks.ablations import background, readers, report, track
 from benchmarks.ablations.settings import COMPARED, READER, compared_of, readers_of, settings_of
 from benchmarks.ablations.unseen import write_unseen
 from dmv_fast.evaluation import datasets
-from dmv_fast.evaluation.results import environment, write_text
+from dmv_fast.evaluation.results import environment
+from dmv_fast.files import write_text
 from dmv_fast.runtime.load import load_network
 from dmv_fast.runtime.precision import fast_precision
 from dmv_fast.weights import find, sha256

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmv_fast.evaluation.results import write_text
+from dmv_fast.files import write_text
 from dmv_fast.model.backbone import Backbone
 from dmv_fast.model.dmv import DMV
 from dmv_fast.training.data import SampleStream

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.ablations.settings import CANDIDATES, CAPACITIES, COMPARED, INTERVALS, READER, THRESHOLDS
-from dmv_fast.evaluation.results import write_text
+from dmv_fast.files import write_text
 
 RESAMPLES = 10_000
 SEED = 0

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmv_fast.commands.track import CSV_HEADER, Box, parse_box, write_csv_row
+from dmv_fast.files import replaced_when_complete, write_text
 
 if TYPE_CHECKING:
     from dmv_fast.evaluation.trackers import Tracker
@@ -196,17 +197,10 @@ def _table(out: Path, video: Video) -> Path:
 
 
 def _write(path: Path, rows: np.ndarray) -> None:
-    from dmv_fast.vision.video import partial_path
-
-    partial = partial_path(path)
-    try:
-        with open(partial, "w", encoding="utf-8") as table:
-            table.write(CSV_HEADER + "\n")
-            for number, (*box, score, found) in enumerate(rows.tolist()):
-                write_csv_row(table, number, tuple(box), score, bool(found))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced_when_complete(path) as partial, open(partial, "w", encoding="utf-8") as table:
+        table.write(CSV_HEADER + "\n")
+        for number, (*box, score, found) in enumerate(rows.tolist()):
+            write_csv_row(table, number, tuple(box), score, bool(found))
 
 
 def _agree(videos: Sequence[Video], factory: Callable[[], Tracker], out: Path) -> None:
@@ -226,9 +220,7 @@ def _agree(videos: Sequence[Video], factory: Callable[[], Tracker], out: Path) -
             of = f"of {other['video']} and the box {other['box']}" if other else "of no earlier run"
             raise ValueError(f"{table} is there, but {of}; move it, or give another folder")
         listed[video.name] = entry
-    partial = out / f".{RECORD}.{os.getpid()}.part"
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out / RECORD)
+    write_text(out / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dmv_fast.evaluation import datasets
 from dmv_fast.evaluation.calibration import plot_reliability, read_results, reliability
-from dmv_fast.evaluation.results import write_text
+from dmv_fast.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

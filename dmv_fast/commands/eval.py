@@ -10,9 +10,10 @@ from pathlib import Path
 
 from dmv_fast.evaluation import datasets
 from dmv_fast.evaluation.datasets import Sequence
-from dmv_fast.evaluation.results import Results, score_predictions, write_text
+from dmv_fast.evaluation.results import Results, score_predictions
 from dmv_fast.evaluation.runner import evaluate
 from dmv_fast.evaluation.trackers import OPENCV_TRACKERS, DMVFactory, OpenCVFactory
+from dmv_fast.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

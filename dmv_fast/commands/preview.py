@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dmv_fast.files import replaced_when_complete
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +75,6 @@ def _write(out: Path, sheet: np.ndarray) -> None:
     import cv2
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.stem}.part{out.suffix}")
-    if not cv2.imwrite(str(part), sheet):
-        raise OSError(f"out: cannot write {part}")
-    os.replace(part, out)
+    with replaced_when_complete(out) as partial:
+        if not cv2.imwrite(str(partial), sheet):
+            raise OSError(f"out: cannot write {out}")

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out must end in .html, not {str(out)!r}")
     if not 0 <= args.worst <= _MOST_WORST:
         raise ValueError(f"--worst must be 0 to {_MOST_WORST}, not {args.worst}")
-    from dmv_fast.evaluation.results import write_text
+    from dmv_fast.files import write_text
     from dmv_fast.report.benchmark import benchmark_page
     from dmv_fast.report.evaluation import evaluation_page
 

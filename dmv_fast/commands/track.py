@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from dmv_fast.files import check_target, replaced_when_complete
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -107,8 +109,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--rerun must end in .rrd, not {args.rerun!r}")
     if args.rerun and find_spec("rerun") is None:
         raise ImportError('--rerun needs the rerun-sdk package: pip install "dmv-fast[rerun]"')
-    from dmv_fast.vision.video import check_target
-
     taken = {Path(args.source).resolve()}
     for target in _outputs(args):
         path = check_target(target).resolve()
@@ -231,24 +231,24 @@ def _open_sinks(
 ) -> Iterator[_Sink]:  # fmt: skip
     """The asked-for outputs, each a function of (frame number, frame, box, score, found)."""
     from dmv_fast.vision.draw import draw_box
-    from dmv_fast.vision.video import VideoWriter, replaced_when_complete
+    from dmv_fast.vision.video import VideoWriter
+
+    def under(target: str) -> Path:
+        return outputs.enter_context(replaced_when_complete(target, keep_interrupted=True))
 
     if args.output:
         video = outputs.enter_context(VideoWriter(args.output, source.fps))
         yield lambda number, frame, box, score, found: video.write(draw_box(frame, box, score, found=found))
     if args.boxes:
-        partial = outputs.enter_context(replaced_when_complete(args.boxes))
-        table = outputs.enter_context(open(partial, "w", encoding="utf-8"))
+        table = outputs.enter_context(open(under(args.boxes), "w", encoding="utf-8"))
         table.write(CSV_HEADER + "\n")
         yield lambda number, frame, box, score, found: write_csv_row(table, number, box, score, found)
     if args.json:
-        partial = outputs.enter_context(replaced_when_complete(args.json))
-        yield outputs.enter_context(_json_rows(partial, args, source, box, tally))
+        yield outputs.enter_context(_json_rows(under(args.json), args, source, box, tally))
     if args.rerun and watch is not None:
         from dmv_fast.insight.recording import recording
 
-        partial = outputs.enter_context(replaced_when_complete(args.rerun))
-        yield outputs.enter_context(recording(partial, watch)).write
+        yield outputs.enter_context(recording(under(args.rerun), watch)).write
 
 
 def write_csv_row(table: TextIO, number: int, box: Box, score: float, found: bool) -> None:

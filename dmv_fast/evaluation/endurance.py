@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dmv_fast.evaluation.results import write_text
 from dmv_fast.evaluation.speed import Clip, resident_mb
 from dmv_fast.evaluation.trackers import Tracker
+from dmv_fast.files import write_text
 
 BLOCK = 1000
 """Frames a line of the table; the first block is the warm-up."""

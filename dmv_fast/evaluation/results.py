@@ -27,6 +27,7 @@ from dmv_fast.evaluation.metrics import (
     mean_score,
     score_sequence,
 )
+from dmv_fast.files import write_text
 
 Value = TypeVar("Value")
 
@@ -199,17 +200,6 @@ def environment() -> dict[str, object]:
 
 
 # ---- files of a sequence ----
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all: a reader, or a run cut short, never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def format_boxes(boxes: np.ndarray) -> str:

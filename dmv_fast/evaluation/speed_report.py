@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 import torch
 
-from dmv_fast.evaluation.results import write_text
 from dmv_fast.evaluation.speed import PAPER_FPS, Bench, Peak, Row, Setting
+from dmv_fast.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dmv_fast.files import write_text
 from dmv_fast.model.dmv import DMV
 from dmv_fast.training.data import SampleStream
 from dmv_fast.training.frozen import FrozenStem
@@ -70,9 +71,7 @@ class FeatureCache:
     def _save_note(self) -> None:
         self.features.flush()
         self.boxes.flush()
-        part = self._note.with_suffix(".part")
-        part.write_text(json.dumps({"wanted": self._wanted, "filled": self.filled}))
-        os.replace(part, self._note)
+        write_text(self._note, json.dumps({"wanted": self._wanted, "filled": self.filled}))
 
     def __len__(self) -> int:
         return self.filled

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from dmv_fast.files import replaced_when_complete
 from dmv_fast.model.backbone import blocks_of
 from dmv_fast.model.dmv import DMV
 from dmv_fast.runtime.hardware import cores
@@ -144,14 +145,12 @@ class TrainingRun:
             "optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict(),
             "seconds": self.seconds, "recipe": self._bound(),
         }  # fmt: skip
-        part = self.out / (_CHECKPOINT + ".part")
+        path = self.out / _CHECKPOINT
         try:
-            torch.save(state, part)
-            os.replace(part, self.out / _CHECKPOINT)
+            with replaced_when_complete(path) as partial:
+                torch.save(state, partial)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"{part}: cannot be written, is the disk full? ({error})") from error
-        finally:
-            part.unlink(missing_ok=True)
+            raise OSError(f"{path}: cannot be written, is the disk full? ({error})") from error
         save_model(self.ema, self.out / "model.safetensors")
 
     def load(self) -> None:

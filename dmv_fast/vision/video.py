@@ -8,12 +8,12 @@ import os
 import re
 import warnings
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from dmv_fast.files import check_target, partial_path
 from dmv_fast.vision.draw import fit
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -176,48 +176,6 @@ def _capture_frames(
     if length is not None and start < seen < length - max(2, length // 50):
         missing = f"{name}: ends after {seen} of {length} frames (truncated?)"
         warnings.warn(missing, RuntimeWarning, stacklevel=2)
-
-
-def partial_path(target: Path) -> Path:
-    """The hidden name beside `target` under which it is written until it is whole."""
-    return target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")
-
-
-def check_target(target: str | os.PathLike[str]) -> Path:
-    """The path of a file that can be written; an OSError of the fitting kind if it cannot."""
-    path = Path(target)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, not a file to write")
-    if path.exists() and not path.is_file():  # /dev/null: it would be replaced by a file
-        raise OSError(f"{path}: is a device, pipe or socket, not a file to write")
-    if path.is_symlink():  # what it points to is replaced, not the link
-        path = path.resolve()
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path}: the folder {path.parent} is not writable")
-    return path
-
-
-@contextmanager
-def replaced_when_complete(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; rename it to `target` at the end of the block.
-
-    If the block raises, the temporary file goes and a former `target` stays; after Ctrl-C (KeyboardInterrupt)
-    what has been written so far is kept.
-    """
-    path = check_target(target)
-    partial = partial_path(path)
-    try:
-        yield partial
-    except KeyboardInterrupt:
-        if partial.exists():
-            os.replace(partial, path)
-        raise
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, path)
 
 
 def _writable_fps(fps: float) -> float:

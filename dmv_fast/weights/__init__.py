@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dmv_fast.files import replaced_when_complete
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.weights.places import CheckpointError, cache_folder, check, find, known, sha256
 
@@ -65,15 +66,12 @@ def save_model(model: DMV, path: str | os.PathLike[str], *, dtype: torch.dtype =
     """
     path = Path(path)
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in model.state_dict().items()}
-    part = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, part, metadata={_CONFIG_KEY: json.dumps(asdict(model.config))})
-        part.chmod(0o644)  # safetensors makes files for their owner alone; a checkpoint is there to be shared
-        os.replace(part, path)
+        with replaced_when_complete(path) as partial:
+            save_file(tensors, partial, metadata={_CONFIG_KEY: json.dumps(asdict(model.config))})
+            partial.chmod(0o644)  # safetensors makes files for their owner alone; this is there to be shared
     except SafetensorError as error:
-        raise OSError(f"{part}: cannot be written, is the disk full? ({error})") from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written, is the disk full? ({error})") from error
     return sha256(path)
 
 
