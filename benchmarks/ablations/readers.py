@@ -31,7 +31,7 @@ from dmv_fast.model.backbone import Backbone
 from dmv_fast.model.dmv import DMV
 from dmv_fast.training.data import SampleStream
 from dmv_fast.training.recipe import Recipe
-from dmv_fast.training.unroll import Outcome, Unroll
+from dmv_fast.training.unroll import Outcome, Unroll, over_time
 from dmv_fast.vision.crop import normalise
 from dmv_fast.weights import find, load_model, save_model, sha256
 
@@ -242,15 +242,23 @@ def _run_steps(model: DMV, recipe: Recipe, features: Features, name: str) -> lis
 
 @torch.no_grad()
 def _validate(model: DMV, features: Features) -> list[dict[str, float]]:
-    """Each held-out sample by itself, all its frames, predictions written back."""
+    """Each held-out sample by itself, all its frames, predictions written back.
+
+    iou_T: of the frame that is read from T remembered ones, NaN where it does not show the target.
+    """
     unroll = Unroll(model, RECIPE).eval()
     rows = []
     every = np.arange(features.boxes.shape[1])[None]
     for row in range(len(features)):
         frames, boxes = features.take(np.array([row]), every)
         with torch.autocast("cpu", torch.bfloat16):
-            outcome = unroll(frames, boxes, RECIPE.model.candidates)
-        rows.append({"sample": row, **_numbers(outcome)})
+            outcomes = unroll.each_frame(frames, boxes, RECIPE.model.candidates)
+        shown = boxes[0, 1:].isfinite().all(-1)
+        by_frame = {
+            f"iou_{t}": float(outcome.iou) if present else math.nan
+            for t, (outcome, present) in enumerate(zip(outcomes, shown, strict=True), start=1)
+        }
+        rows.append({"sample": row, **_numbers(over_time(outcomes, boxes)), **by_frame})
     return rows
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dmv_fast.model.dmv import Prediction
-from dmv_fast.model.pick import PickConfig, cosine_window, pick
+from dmv_fast.model.pick import PickConfig, cosine_window
+from dmv_fast.runtime.choice import choose, choose_reference
 from dmv_fast.runtime.memory import MemoryBank
-from dmv_fast.runtime.network import Network
+from dmv_fast.runtime.network import Network, PlainNetwork
 from dmv_fast.runtime.surroundings import inference
 from dmv_fast.vision.crop import CROP_SIZE, Window, cut
 
@@ -51,7 +52,9 @@ class FrameStep:
         self.network, self.k, self.pick = network, k, pick
         self.memory = MemoryBank(network, targets, capacity)
         config = network.model.config
-        self._window = cosine_window(len(config.anchor_ratios), config.grid, device=network.device)
+        window = cosine_window(len(config.anchor_ratios), config.grid, device=network.device)
+        self._window = window.contiguous()  # (A, H, W)
+        self._choose = choose_reference if isinstance(network, PlainNetwork) else choose
         self.seen: Seen | None = None  # by the last step
 
     def start(self, target: int, image: np.ndarray, window: Window, box: Sequence[float]) -> None:
@@ -113,11 +116,10 @@ class FrameStep:
 
     def choose(self, maps: Tensor, prediction: Prediction, sizes: Tensor) -> Tensor:
         """Each place's best box and its score, (n, 5) on the device; what was seen is kept for `write`."""
-        scores = prediction.logits.sigmoid()
-        boxes = self.network.model.decode(prediction.deltas)
-        choice = pick(scores, boxes, sizes, self._window, self.pick)
+        anchors = self.network.model.anchors
+        chosen, scores = self._choose(prediction, anchors, self._window, sizes, self.pick)
         self.seen = Seen(maps, scores, prediction.deltas)
-        return torch.cat([choice.box, choice.score[:, None]], 1)
+        return chosen
 
     def _forward(self, crops: Tensor, sizes: Tensor) -> Tensor:
         """crops (n, 256, 256, 3) uint8, sizes (n, 2) -> (n, 5) float32 on the device."""

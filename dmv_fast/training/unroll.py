@@ -30,6 +30,17 @@ class Outcome(NamedTuple):
     """Mean highest score of frames with and without the target."""
 
 
+class FrameOutcome(NamedTuple):
+    """The same of one frame, a sample each. All (B,)."""
+
+    loss: Tensor
+    centre: Tensor
+    box: Tensor
+    iou: Tensor
+    """0 where the target is absent."""
+    score: Tensor
+
+
 class Unroll(nn.Module):
     """The loss of whole samples as one module, so that DDP wraps one forward pass."""
 
@@ -57,29 +68,27 @@ class Unroll(nn.Module):
         boxes (B, N, 4) xywh in crop pixels, NaN where the target is absent. generator: of what is written in
         training; in evaluation mode nothing is drawn.
         """
+        return over_time(self.each_frame(frames, boxes, k, generator), boxes)
+
+    def each_frame(
+        self, frames: Tensor, boxes: Tensor, k: int, generator: torch.Generator | None = None
+    ) -> list[FrameOutcome]:
+        """What `forward` takes -> frames 1 to N - 1, each predicted from all frames before it."""
         model, N = self.model, frames.shape[1]
         features = self.features(frames).unflatten(0, frames.shape[:2])  # (B, N, D, H, W)
         drift = self._drift(len(frames), generator).to(boxes.device)
         memory = [model.remember(features[:, 0], *model.exact_maps(boxes[:, 0]))]
-        rows: list[tuple[Tensor, ...]] = []
+        outcomes: list[FrameOutcome] = []
         for t in range(1, N):
             keys = torch.cat([keys for keys, _ in memory], 1)
             values = torch.cat([values for _, values in memory], 1)
             prediction = model(features[:, t], keys, values, k=k, backend=self.recipe.backend)
             loss = frame_loss(prediction, boxes[:, t], model.anchors, box_weight=self.recipe.box_weight)
-            # Section 3.4: the further from the first frame, the more a loss weighs; the mean weight is 1.
-            rows.append(
-                (loss.total * (2 * t / N), loss.centre, loss.box, *self._measure(prediction, boxes[:, t]))
-            )
+            outcomes.append(FrameOutcome(*loss, *self._measure(prediction, boxes[:, t])))
             if t + 1 < N:
                 scores, deltas = self._written(prediction, boxes[:, t], drift, generator)
                 memory.append(model.remember(features[:, t], scores, deltas))
-        total, centre, box, iou, score = (torch.stack(column) for column in zip(*rows, strict=True))
-        present = boxes[:, 1:].isfinite().all(-1).T  # (N - 1, B)
-        return Outcome(
-            total.mean(), centre.mean().detach(), box.mean().detach(), _mean(iou, present),
-            _mean(score, present), _mean(score, ~present),
-        )  # fmt: skip
+        return outcomes
 
     def features(self, frames: Tensor) -> Tensor:
         """Crops or layer3 features as in `forward` -> (B * N, D, H, W)."""
@@ -133,6 +142,19 @@ class Unroll(nn.Module):
             torch.where(exact[:, None, None, None], exact_scores, scores),
             torch.where(exact[:, None, None, None, None], exact_deltas, deltas),
         )
+
+
+def over_time(outcomes: list[FrameOutcome], boxes: Tensor) -> Outcome:
+    """Frames 1 to N - 1 of samples with boxes (B, N, 4) -> what the whole of them is."""
+    total, centre, box, iou, score = (torch.stack(column) for column in zip(*outcomes, strict=True))
+    N = len(outcomes) + 1
+    # Section 3.4: the further from the first frame, the more a loss weighs; the mean weight is 1.
+    weight = 2 / N * torch.arange(1, N, device=total.device)[:, None]
+    present = boxes[:, 1:].isfinite().all(-1).T  # (N - 1, B)
+    return Outcome(
+        (total * weight).mean(), centre.mean().detach(), box.mean().detach(), _mean(iou, present),
+        _mean(score, present), _mean(score, ~present),
+    )  # fmt: skip
 
 
 def stem_layers(model: DMV) -> tuple[nn.Module, ...]:
