@@ -7,6 +7,7 @@ import torch
 
 from dmv_fast.model.dmv import DMV, DMVConfig, Prediction
 from dmv_fast.model.pick import PickConfig, cosine_window
+from dmv_fast.ops.backends import cpu_operator_runs
 from dmv_fast.runtime import choice
 from dmv_fast.runtime.frame import FrameStep
 from dmv_fast.runtime.network import FastNetwork, PlainNetwork
@@ -18,7 +19,9 @@ ANCHORS = anchor_grid(GRID, 256, RATIOS, 64)
 WINDOW = cosine_window(A, GRID).contiguous()
 SIZES = torch.tensor([[60.0, 50.0], [20.0, 90.0], [64.0, 64.0], [3.0, 250.0], [100.0, 7.0]])
 
-needs_extension = pytest.mark.skipif(not choice._compiled(), reason="the C++ extension is not loaded")
+needs_extension = pytest.mark.skipif(
+    not cpu_operator_runs("choose_box_cpu"), reason="the C++ extension is not loaded"
+)
 
 
 def some_prediction(n: int, *, channels_last: bool, scale: float = 1.0) -> Prediction:

@@ -60,11 +60,15 @@ def available_backends(device_type: str) -> dict[str, str | None]:
     return {backend: _problem(backend, device_type) for backend in BACKENDS}
 
 
+@functools.cache
+def cpu_operator_runs(name: str) -> bool:
+    """Whether an operator that every processor has, dmv_fast::NAME, is compiled here."""
+    return _problem("cpu", "cpu") is None and hasattr(torch.ops.dmv_fast, name)
+
+
 def cpu_kernel_runs(name: str) -> bool:
     """Whether an operator that only some processors have, dmv_fast::NAME, runs here (NAME_runs says so)."""
-    if _problem("cpu", "cpu") is not None or not hasattr(torch.ops.dmv_fast, name):
-        return False
-    return getattr(torch.ops.dmv_fast, f"{name}_runs")()
+    return cpu_operator_runs(name) and getattr(torch.ops.dmv_fast, f"{name}_runs")()
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What is done to rows of features between convolutions: a kernel each on a GPU, else plain PyTorch."""
+"""What is done to rows of features between convolutions: a kernel each, or plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmv_fast.ops.backends import cpu_operator_runs
 from dmv_fast.runtime import hardware
 
 _EPSILON = 1e-6  # Backbone.tail's
@@ -20,13 +21,20 @@ def join(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor, *, unit_
         from dmv_fast.kernels.rows import join as join_triton
 
         return join_triton(left, right, bias, out, _EPSILON if unit_scale else None)
+    if bias is None and _ours(out, "join_rows_cpu"):
+        epsilon = _EPSILON if unit_scale else -1.0
+        return torch.ops.dmv_fast.join_rows_cpu.default(left.contiguous(), right.contiguous(), out, epsilon)
+    return join_plain(left, right, bias, out, unit_scale=unit_scale)
+
+
+def join_plain(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor, *, unit_scale: bool) -> None:
+    """What `join` computes."""
     half = left.shape[-1]
     out[..., :half] = left if bias is None else left + bias[:half]
     out[..., half:] = right if bias is None else right + bias[half:]
     if unit_scale:
         mean_square = torch.linalg.vector_norm(out, dim=-1, keepdim=True, dtype=torch.float32).square_()
         out *= torch.rsqrt_(mean_square.div_(out.shape[-1]).add_(_EPSILON))
-    return None
 
 
 def with_length(rows: Tensor, length: float) -> Tensor:
@@ -35,8 +43,20 @@ def with_length(rows: Tensor, length: float) -> Tensor:
         from dmv_fast.kernels.rows import with_length as with_length_triton
 
         return with_length_triton(rows, length)
+    if _ours(rows, "rows_with_length_cpu"):
+        return torch.ops.dmv_fast.rows_with_length_cpu.default(rows, length)
+    return with_length_plain(rows, length)
+
+
+def with_length_plain(rows: Tensor, length: float) -> Tensor:
+    """What `with_length` computes."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
     return (rows * (length / norm.clamp(min=1e-12))).to(rows.dtype)
+
+
+def _ours(rows: Tensor, operator: str) -> bool:
+    """Whether that operator of csrc/rows_cpu.cpp takes such rows."""
+    return (rows.device.type, rows.dtype) == ("cpu", torch.float32) and cpu_operator_runs(operator)
 
 
 class Projection:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import cv2
 import numpy as np
 import torch
 
-from dmv_fast.ops.backends import available_backends
+from dmv_fast.ops.backends import cpu_operator_runs
 
 
 def shrink_reference(image: np.ndarray, size: int) -> np.ndarray:
     """The specification: OpenCV's mean of what lies under each pixel."""
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-
-
-@functools.cache
-def _compiled() -> bool:
-    return available_backends("cpu")["cpu"] is None and hasattr(torch.ops.dmv_fast, "shrink_cpu")
 
 
 def shrink(image: np.ndarray, size: int) -> np.ndarray:
@@ -28,7 +21,7 @@ def shrink(image: np.ndarray, size: int) -> np.ndarray:
     are a multiple of size: these stay its, as does what is not uint8 of three colours.
     """
     height, width, colours = image.shape
-    ours = _compiled() and colours == 3 and image.dtype == np.uint8
+    ours = cpu_operator_runs("shrink_cpu") and colours == 3 and image.dtype == np.uint8
     if not ours or height % size == 0 or width % size == 0:
         return shrink_reference(image, size)
     # Neither mirrored memory is for torch, nor, without a warning, such as must not be written.
