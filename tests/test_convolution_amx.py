@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from maps import convolved, random_map
 from threads import on_threads
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,10 +38,6 @@ GEOMETRIES = [
 ]
 
 
-def channels_last(*shape: int) -> Tensor:
-    return torch.randn(shape).to(memory_format=torch.channels_last)
-
-
 def make(
     c_in: int, c_out: int, kernel: int, *, relu: bool, products: int, scaled: bool = False, **geometry
 ) -> Convolution:
@@ -70,18 +67,18 @@ def test_equals_float64(geometry, products):
     where = {
         "stride": stride, "dilation": dilation, "groups": groups, "padding": dilation * (kernel // 2)
     }  # fmt: skip
-    x = channels_last(batch, c_in, height, width)
+    x = random_map(batch, c_in, height, width)
     x = x if products > 1 else x.bfloat16()
     # The products are exact in bfloat16, the result is rounded once; two parts leave 2^-17 of each factor.
     tolerance = 5e-5 if products > 1 else 2**-8
     for relu, residual in ((True, False), (False, False), (True, True)):
         made = make(c_in, c_out, kernel, relu=relu, products=products, scaled=residual, **where)
-        expected = F.conv2d(x.double(), made.weight.double(), made.bias.double(), **where)
-        onto = channels_last(*expected.shape).to(x.dtype) if residual else None
+        expected = convolved(x.double(), made.weight.double(), made.bias.double(), **where)
+        onto = torch.randn(expected.shape).to(x.dtype) if residual else None
         if residual:
             expected += onto
         found = made(x, onto.clone() if residual else None)
-        assert found.dtype == x.dtype and found.is_contiguous(memory_format=torch.channels_last)
+        assert found.dtype == x.dtype and found.is_contiguous()
         expected = expected.relu() if relu else expected
         torch.testing.assert_close(
             found.double(), expected, atol=tolerance * (1 if products > 1 else 0.1), rtol=tolerance
@@ -93,14 +90,14 @@ def test_equals_float64(geometry, products):
 def test_parts_round_a_hundred_times_finer_than_one_product(products):
     torch.manual_seed(0)
     made = make(128, 32, 3, relu=False, products=products, padding=1)
-    x = channels_last(1, 128, 16, 16)
-    exact = F.conv2d(x.double(), made.weight.double(), made.bias.double(), padding=1)
+    x = random_map(1, 128, 16, 16)
+    exact = convolved(x.double(), made.weight.double(), made.bias.double(), padding=1)
 
     def error(found: Tensor) -> float:
         return (found - exact).square().mean().sqrt().item()
 
     halves = x.bfloat16().double(), made.weight.bfloat16().double()
-    assert error(made(x)) < 0.01 * error(F.conv2d(*halves, made.bias.double(), padding=1))
+    assert error(made(x)) < 0.01 * error(convolved(*halves, made.bias.double(), padding=1))
 
 
 @needs_amx
@@ -110,7 +107,7 @@ def test_threads_and_neighbours_change_nothing(products, c_in, c_out, size):
     """Bit for bit: a crop alone, among others, on one thread and on three."""
     torch.manual_seed(0)
     made = make(c_in, c_out, 3, relu=True, products=products, padding=1)
-    x = channels_last(4, c_in, size, size)
+    x = random_map(4, c_in, size, size)
     x = x if products > 1 else x.bfloat16()
     pairs = on_threads((1, 3), lambda: (made(x), torch.cat([made(crop[None]) for crop in x])))
     answers = [answer for pair in pairs for answer in pair]
@@ -120,23 +117,23 @@ def test_threads_and_neighbours_change_nothing(products, c_in, c_out, size):
 @needs_amx
 def test_a_nan_stays_where_it_is_seen():
     made = make(32, 32, 3, relu=False, products=1, padding=1)
-    x = channels_last(2, 32, 16, 16).bfloat16()
-    x[0, 3, 8, 8] = torch.nan
-    bad = made(x).isnan().any(1)
+    x = random_map(2, 32, 16, 16).bfloat16()
+    x[0, 8, 8, 3] = torch.nan
+    bad = made(x).isnan().any(-1)
     assert bad[0, 7:10, 7:10].all() and bad.sum() == 9
 
 
 @needs_amx
 def test_wrong_tensors_are_refused():
     made = make(32, 32, 3, relu=True, products=1, padding=1)
-    x = channels_last(1, 32, 16, 16)
+    x = random_map(1, 32, 16, 16)
     weights = made._weight
     made._weight = weights[:, :2].contiguous()
     with pytest.raises(RuntimeError, match="weight: must be contiguous bfloat16 of 9216 elements"):
         made(x)
     made._weight = weights
     with pytest.raises(RuntimeError, match="multiples of 32"):
-        made(x[:, :16])
+        made(x[..., :16])
 
 
 @needs_amx
@@ -150,12 +147,13 @@ def test_pixels_to_pooled_map(dtype):
     if dtype == torch.bfloat16:
         weight = weight.bfloat16().float()
     pixels = (crops.double() - mean.double()).permute(0, 3, 1, 2)
-    convolved = F.conv2d(pixels, weight.double(), bias.double(), 2, 3)
-    expected = F.max_pool2d(convolved.relu(), 3, 2, 1)
+    expected = F.max_pool2d(F.conv2d(pixels, weight.double(), bias.double(), 2, 3).relu(), 3, 2, 1)
     found = PixelsAmx(weight, bias, mean, dtype)(crops)
-    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    assert found.dtype == dtype and found.is_contiguous()
     tolerance = 5e-5 if dtype == torch.float32 else 2**-8
-    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        found.double(), expected.permute(0, 2, 3, 1), atol=tolerance, rtol=tolerance
+    )
     alone = torch.cat([PixelsAmx(weight, bias, mean, dtype)(crop[None]) for crop in crops])
     assert torch.equal(found, alone)
 
@@ -211,4 +209,4 @@ def test_without_amx_it_is_onednn_or_pytorch(monkeypatch):
     made = Convolution(
         torch.ones(32, 32, 1, 1), None, relu=False, dtype=torch.float32, device=CPU, split=True
     )
-    assert torch.equal(made(torch.ones(1, 32, 4, 4)), torch.full((1, 32, 4, 4), 32.0))
+    assert torch.equal(made(torch.ones(1, 4, 4, 32)), torch.full((1, 4, 4, 32), 32.0))

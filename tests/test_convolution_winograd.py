@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from maps import convolved, random_map
 from threads import on_threads
 from torch import Tensor
-from torch.nn import functional as F
 
 from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.runtime.convolution import Convolution
@@ -36,10 +36,6 @@ GEOMETRIES = [
 ]
 
 
-def channels_last(*shape: int) -> Tensor:
-    return torch.randn(shape).to(memory_format=torch.channels_last)
-
-
 def make(c_in: int, c_out: int, *, relu: bool = False, groups: int = 1, **geometry) -> Convolution:
     """With its weight in .weight and its bias in .bias."""
     weight = torch.randn(c_out, c_in // groups, 3, 3)
@@ -58,16 +54,16 @@ def test_equals_float64(monkeypatch, geometry, isa):
     batch, c_in, c_out, height, width, stride, padding, dilation, groups = geometry
     torch.manual_seed(0)
     where = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    x = channels_last(batch, c_in, height, width)
+    x = random_map(batch, c_in, height, width)
     for relu, residual in ((True, False), (False, False), (True, True)):
         made = make(c_in, c_out, relu=relu, **where)
         assert made._run == made._winograd
-        expected = F.conv2d(x.double(), made.weight.double(), made.bias.double(), **where)
-        onto = channels_last(*expected.shape) if residual else None
+        expected = convolved(x.double(), made.weight.double(), made.bias.double(), **where)
+        onto = torch.randn(expected.shape) if residual else None
         if residual:
             expected += onto
         found = made(x, onto.clone() if residual else None)
-        assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
+        assert found.dtype == torch.float32 and found.is_contiguous()
         expected = expected.relu() if relu else expected
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
 
@@ -77,9 +73,9 @@ def test_equals_float64(monkeypatch, geometry, isa):
 def test_rounding_is_near_that_of_the_sum(stride):
     torch.manual_seed(0)
     where = {"padding": 1, "stride": stride}
-    made, x = make(512, 64, **where), channels_last(1, 512, 16, 16).relu()
-    exact = F.conv2d(x.double(), made.weight.double(), made.bias.double(), **where)
-    summed = F.conv2d(x, made.weight, made.bias, **where)
+    made, x = make(512, 64, **where), random_map(1, 512, 16, 16).relu()
+    exact = convolved(x.double(), made.weight.double(), made.bias.double(), **where)
+    summed = convolved(x, made.weight, made.bias, **where)
 
     def error(found: Tensor) -> float:
         return (found - exact).square().mean().sqrt().item()
@@ -92,7 +88,7 @@ def test_rounding_is_near_that_of_the_sum(stride):
 def test_threads_and_neighbours_change_nothing(c_in, c_out, size):
     """Bit for bit: a crop alone, among others, on one thread and on three."""
     torch.manual_seed(0)
-    made, x = make(c_in, c_out, relu=True, padding=1), channels_last(4, c_in, size, size)
+    made, x = make(c_in, c_out, relu=True, padding=1), random_map(4, c_in, size, size)
     pairs = on_threads((1, 3), lambda: (made(x), torch.cat([made(crop[None]) for crop in x])))
     answers = [answer for pair in pairs for answer in pair]
     assert all(torch.equal(answer, answers[0]) for answer in answers)
@@ -101,8 +97,8 @@ def test_threads_and_neighbours_change_nothing(c_in, c_out, size):
 @needs_winograd
 def test_more_tiles_than_there_is_room_for():
     torch.manual_seed(0)
-    made, x = make(256, 512, padding=1), channels_last(6, 256, 32, 32)  # 384 tiles, some 70 at a time
-    expected = F.conv2d(x, made.weight, made.bias, padding=1)
+    made, x = make(256, 512, padding=1), random_map(6, 256, 32, 32)  # 384 tiles, some 70 at a time
+    expected = convolved(x, made.weight, made.bias, padding=1)
     torch.testing.assert_close(made(x), expected, atol=2e-5, rtol=1e-5)
 
 
@@ -112,15 +108,15 @@ def test_more_tiles_than_there_is_room_for():
 )
 def test_what_it_does_not_take_is_onednn_or_pytorch(kernel, stride, c_in, c_out):
     torch.manual_seed(0)
-    weight, x = torch.randn(c_out, c_in, kernel, kernel), channels_last(1, c_in, 8, 8)
+    weight, x = torch.randn(c_out, c_in, kernel, kernel), random_map(1, c_in, 8, 8)
     made = Convolution(weight, None, relu=False, stride=stride, dtype=torch.float32, device=CPU)
     assert made._run != made._winograd
-    torch.testing.assert_close(made(x), F.conv2d(x, weight, stride=stride), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(made(x), convolved(x, weight, stride=stride), atol=1e-4, rtol=1e-4)
 
 
 @needs_winograd
 def test_wrong_tensors_are_refused():
-    made, x = make(32, 32, relu=True, padding=1), channels_last(1, 32, 16, 16)
+    made, x = make(32, 32, relu=True, padding=1), random_map(1, 32, 16, 16)
     weights = made._weight
     made._weight = weights[:18].contiguous()
     with pytest.raises(RuntimeError, match="weight: must be contiguous float32 of 36864 elements"):
@@ -129,7 +125,7 @@ def test_wrong_tensors_are_refused():
     with pytest.raises(RuntimeError, match="x: must be contiguous float32"):
         made(x.double())
     with pytest.raises(RuntimeError, match="multiples of 16"):
-        made(x[:, :8])
+        made(x[..., :8])
     with pytest.raises(RuntimeError, match="out: must not lie in x"):
         made(x, onto=x)
 
@@ -139,5 +135,5 @@ def test_a_processor_without_avx2_takes_onednn_or_pytorch(monkeypatch):
     monkeypatch.setenv("DMV_FAST_CPU_ISA", "generic")
     made = make(32, 32, padding=1)
     assert made._run != made._winograd
-    x = channels_last(1, 32, 6, 6)
-    torch.testing.assert_close(made(x), F.conv2d(x, made.weight, made.bias, padding=1), atol=1e-5, rtol=1e-5)
+    x = random_map(1, 32, 6, 6)
+    torch.testing.assert_close(made(x), convolved(x, made.weight, made.bias, padding=1), atol=1e-5, rtol=1e-5)

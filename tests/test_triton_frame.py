@@ -86,6 +86,7 @@ else:
     from dmv_fast.kernels.crop import crop
     from dmv_fast.kernels.vote import make_vote
     from lively import lively
+    from maps import convolved
 
     from dmv_fast.model.dmv import DMV, DMVConfig
     from dmv_fast.model.pick import PickConfig, cosine_window, pick
@@ -370,9 +371,9 @@ else:
 
         torch.manual_seed(0)
         weight, bias = torch.randn(12, 8 // groups, 3, 3), torch.randn(12)
-        x = torch.randn(2, 8, 9, 7).half().to(memory_format=torch.channels_last)
+        x = torch.randn(2, 9, 7, 8).half()
         geometry = dict(stride=stride, padding=dilation, dilation=dilation)
-        expected = torch.conv2d(x.float(), weight.half().float(), bias, groups=groups, **geometry)
+        expected = convolved(x.float(), weight.half().float(), bias, groups=groups, **geometry)
         onto = torch.randn(expected.shape).half() if residual else None
         expected = expected + onto.float() if residual else expected
         expected = expected.relu() if relu else expected
@@ -389,7 +390,7 @@ else:
             assert len(calls) == (3 if there and relu else 0)  # once to see that it is right, then twice
 
     def test_a_wrong_or_slow_routine_is_not_used(no_gpu, monkeypatch):
-        x = torch.randn(1, 8, 5, 5).half().to(memory_format=torch.channels_last)
+        x = torch.randn(1, 5, 5, 8).half()
         build = lambda: Convolution(  # noqa: E731
             torch.randn(8, 8, 3, 3), torch.zeros(8), relu=True, padding=1, dtype=torch.float16, device=CPU
         )

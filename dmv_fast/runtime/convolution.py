@@ -44,7 +44,7 @@ def amx_runs() -> bool:
 
 
 class Convolution:
-    """x (B, C_in, H, W) channels-last -> relu(scale * convolution + bias), where `relu` says so.
+    """x (B, H, W, C_in) -> relu(scale * convolution + bias), where `relu` says so: (B, h, w, C_out).
 
     `__call__(x, onto)` is a residual block's end: relu(scale * convolution + bias + onto), maybe written over
     onto, which must not be x. scale and bias (C_out,); None is one and zero. oneDNN adds the bias in float32,
@@ -64,6 +64,7 @@ class Convolution:
         self._relu, self._kernel, self._c_out = relu, weight.shape[2], len(weight)
         self._wide_bias: Tensor | None
         self._pays: dict[torch.Size, bool] = {}
+        self._sizes: dict[torch.Size, tuple[int, ...]] = {}
         on_cpu = not gpu and device.type == "cpu"
         if on_cpu and _suits_amx(weight, groups, dtype, split):
             self._run, self._weight = self._amx, _amx_tiles(weight, split)
@@ -84,13 +85,13 @@ class Convolution:
         self._weight = weight.to(device, dtype, memory_format=torch.channels_last)
         self._bias = None if bias is None else bias.to(device, dtype)
         self._wide_bias = None if bias is None else bias.to(device, torch.float32)
-        self._run = self._plain
+        self._run, self._routine = self._by_pytorch, self._plain
         if gpu and dtype != torch.float32:
-            self._run = self._cudnn_if_it_pays
+            self._routine = self._cudnn_if_it_pays
         elif on_cpu and onednn_packs_weights():
             pack = torch.ops.mkldnn._reorder_convolution_weight.default
             size = [1, weight.shape[1] * groups, 32, 32]  # a hint; any size gave the same layout
-            self._run, self._weight = self._onednn, pack(self._weight, *self._geometry, size)
+            self._routine, self._weight = self._onednn, pack(self._weight, *self._geometry, size)
 
     @classmethod
     def of(
@@ -107,40 +108,49 @@ class Convolution:
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         return self._run(x, onto)
 
+    # ---- our own kernels -----------------------------------------------------------------------------
+
     def _amx(self, x: Tensor, onto: Tensor | None) -> Tensor:
         (padding, _), (stride, _), (dilation, _), groups = self._geometry
-        x, out, add = *self._rows(x, onto), onto is not None
+        out, add = self._room(x) if onto is None else onto.contiguous(), onto is not None
         geometry = (self._kernel, stride, padding, dilation, groups)
         torch.ops.dmv_fast.convolve_cpu.default(
-            x, self._weight, self._scale, self._wide_bias, out, add, self._relu or add, *geometry
+            x.contiguous(), self._weight, self._scale, self._wide_bias, out, add, self._relu or add, *geometry
         )
-        return out.permute(0, 3, 1, 2)
+        return out
 
     def _winograd(self, x: Tensor, onto: Tensor | None) -> Tensor:
         (padding, _), (stride, _), (dilation, _), groups = self._geometry
-        x, out, add = *self._rows(x, onto), onto is not None
+        out, add = self._room(x) if onto is None else onto.contiguous(), onto is not None
         geometry = (stride, padding, dilation, groups)
         torch.ops.dmv_fast.convolve_winograd_cpu.default(
-            x, self._weight, self._wide_bias, out, add, self._relu or add, *geometry
+            x.contiguous(), self._weight, self._wide_bias, out, add, self._relu or add, *geometry
         )
-        return out.permute(0, 3, 1, 2)
+        return out
 
     def _pointwise(self, x: Tensor, onto: Tensor | None) -> Tensor:
-        x, out, add = *self._rows(x, onto), onto is not None
         stride = self._geometry[1][0]
+        out, add = self._room(x) if onto is None else onto.contiguous(), onto is not None
         torch.ops.dmv_fast.convolve_pointwise_cpu.default(
-            x, self._weight, self._wide_bias, out, add, self._relu or add, stride
+            x.contiguous(), self._weight, self._wide_bias, out, add, self._relu or add, stride
         )
-        return out.permute(0, 3, 1, 2)
+        return out
 
-    def _rows(self, x: Tensor, onto: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x, and onto or room for the result, as our own kernels take them: (B, H, W, C)."""
-        (padding, _), (stride, _), (dilation, _), _ = self._geometry
-        x, reach = x.permute(0, 2, 3, 1).contiguous(), dilation * (self._kernel - 1)
-        if onto is not None:
-            return x, onto.permute(0, 2, 3, 1).contiguous()
-        size = ((length + 2 * padding - reach - 1) // stride + 1 for length in x.shape[1:3])
-        return x, x.new_empty(len(x), *size, self._c_out)
+    def _room(self, x: Tensor) -> Tensor:
+        """For the result; its size is found out once for each of x, not 27 times a frame."""
+        size = self._sizes.get(x.shape)
+        if size is None:
+            (padding, _), (stride, _), (dilation, _), _ = self._geometry
+            reach = dilation * (self._kernel - 1)
+            h, w = ((length + 2 * padding - reach - 1) // stride + 1 for length in x.shape[1:3])
+            size = self._sizes[x.shape] = (len(x), h, w, self._c_out)
+        return x.new_empty(size)
+
+    # ---- PyTorch's routines, which name the channels first, wherever they lie: (B, C, H, W) ----------
+
+    def _by_pytorch(self, x: Tensor, onto: Tensor | None) -> Tensor:
+        onto = None if onto is None else onto.permute(0, 3, 1, 2)
+        return self._routine(x.permute(0, 3, 1, 2), onto).permute(0, 2, 3, 1)
 
     def _onednn(self, x: Tensor, onto: Tensor | None) -> Tensor:
         if onto is not None:

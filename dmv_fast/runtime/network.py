@@ -109,7 +109,7 @@ class FastNetwork:
         self._query_in = Projection(weights.query_in, weights.query_bias, **where)
         self._temperature = float(model.read.log_temperature.exp())  # used by "cosine" alone
         self._head, bias = _fold_head(model.head, split=split, **where)
-        self._head_bias = bias.float().to(device)[:, None, None]
+        self._head_bias = bias.float().to(device)
         self._encoder = _Encoder(model.value_encoder, weights.value_in, split=split, **where)
 
     def look(self, crops: Tensor, maps: Tensor | None = None) -> Tensor:
@@ -149,7 +149,8 @@ class FastNetwork:
     def head(self, maps: Tensor) -> Prediction:
         """Features and retrieved values to logits and deltas, float32."""
         anchors = len(self.model.config.anchor_ratios)
-        answer = run_chain(self._head, maps.permute(0, 3, 1, 2))[:, : len(self._head_bias)] + self._head_bias
+        answer = run_chain(self._head, maps)[..., : len(self._head_bias)] + self._head_bias
+        answer = answer.permute(0, 3, 1, 2)  # (B, 5 A, H, W)
         return Prediction(answer[:, :anchors], answer[:, anchors:].unflatten(1, (anchors, 4)))
 
     def _features(self, maps: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ class FastNetwork:
         scores = scores.masked_fill(scores < ValueEncoder.score_floor, 0.0)
         soft = torch.cat([scores, deltas.flatten(1, 2)], 1).permute(0, 2, 3, 1).to(self.dtype)
         soft = F.pad(soft, (0, -(features.shape[-1] + soft.shape[-1]) % 32))
-        values = self._vote.store(self._encoder(torch.cat([features, soft], -1).permute(0, 3, 1, 2)))
+        values = self._vote.store(self._encoder(torch.cat([features, soft], -1)))
         keys = self._with_length(features.flatten(1, 2), 1.0)
         return pack_keys(keys) if self._pack_keys else keys, values
 
@@ -170,7 +171,7 @@ class FastNetwork:
 
 
 def _fold_head(head: BoxHead, *, split: bool, **where: Unpack[Where]) -> tuple[list[Convolution], Tensor]:
-    """Both branches side by side: (B, D + V, H, W) -> (B, A + 4 A or more, H, W), logits first.
+    """Both branches side by side: (B, H, W, D + V) -> (B, H, W, A + 4 A or more), logits first.
 
     The last bias is left to be added, in float32. Channels are filled up to 32s, the matrix units' measure.
     """
@@ -198,7 +199,7 @@ def _weight_and_bias(conv: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 class _Encoder:
-    """ValueEncoder with the voting net's projection to C behind it: (B, D + 5 A, H, W) -> (B, M, C).
+    """ValueEncoder with the voting net's projection to C behind it: (B, H, W, D + 5 A) -> (B, M, C).
 
     Of x the channels are filled up to 32s, the matrix units' measure.
     """
@@ -215,4 +216,4 @@ class _Encoder:
         self._projection = Projection(value_in * norm.weight, value_in @ norm.bias, epsilon=norm.eps, **where)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._projection(run_chain(self._convolutions, x).permute(0, 2, 3, 1).flatten(1, 2))
+        return self._projection(run_chain(self._convolutions, x).flatten(1, 2))

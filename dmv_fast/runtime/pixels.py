@@ -26,7 +26,7 @@ GPU_CHANNELS = 8
 def pixels_to_map(
     weight: Tensor, bias: Tensor, mean: Tensor, *, dtype: torch.dtype, device: torch.device, split: bool
 ) -> Callable[[Tensor], Tensor]:
-    """Crops (B, 256, 256, 3) uint8 BGR -> (B, C, 64, 64) of `dtype`, channels-last.
+    """Crops (B, 256, 256, 3) uint8 BGR -> (B, 64, 64, C) of `dtype`.
 
     weight (C, 3, 7, 7) on pixel - mean, bias (C,), mean (3,).
     """
@@ -63,17 +63,17 @@ class Pixels:
         return max_pool(self.convolution(self.pixels(crops)))
 
     def pixels(self, crops: Tensor) -> Tensor:
-        """uint8 BGR (B, S, S, 3) -> pixel - mean (B, 3, S, S), channels-last.
+        """uint8 BGR (B, S, S, 3) -> pixel - mean (B, S, S, 3).
 
         On a GPU it has GPU_CHANNELS. Crops of the network's dtype are all that already (kernels/crop.py).
         """
         if crops.dtype == self._dtype:
-            return crops.permute(0, 3, 1, 2)
+            return crops
         rows = crops.flatten(2).to(self._mean.dtype).sub_(self._mean)  # whole rows: one long loop each
         pixels = rows.to(self._dtype).view(crops.shape)
         if self._gpu:
             pixels = F.pad(pixels, (0, GPU_CHANNELS - crops.shape[-1]))
-        return pixels.permute(0, 3, 1, 2)
+        return pixels
 
 
 class PixelsAmx:
@@ -96,7 +96,7 @@ class PixelsAmx:
         torch.ops.dmv_fast.convolve_pixels_cpu.default(
             crops.contiguous(), self._weight, self._bias, self._mean, out
         )
-        return out.permute(0, 3, 1, 2)
+        return out
 
 
 class PixelsFloat32:
@@ -112,22 +112,22 @@ class PixelsFloat32:
         torch.ops.dmv_fast.convolve_pixels_float32_cpu.default(
             crops.contiguous(), self._weight, self._bias, self._mean, out
         )
-        return out.permute(0, 3, 1, 2)
+        return out
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """3 x 3 maximum of stride 2 of x >= 0 (B, C, H, W), channels-last, H and W even.
+    """3 x 3 maximum of stride 2 of x >= 0 (B, H, W, C), H and W even.
 
     Rows first, then columns. bfloat16 that is not negative is ordered as its bits are, and a CPU compares
     32 integers at a time: a third of F.max_pool2d's time.
     """
     if x.device.type != "cpu" or x.dtype != torch.bfloat16:
-        return F.max_pool2d(x, 3, 2, 1)
-    bits = x.permute(0, 2, 3, 1).view(torch.int16)
+        return F.max_pool2d(x.permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)
+    bits = x.view(torch.int16)
     even, odd = bits[:, 0::2], bits[:, 1::2]
     rows = torch.maximum(even, odd)
     torch.maximum(rows[:, 1:], odd[:, :-1], out=rows[:, 1:])
     even, odd = rows[:, :, 0::2], rows[:, :, 1::2]
     both = torch.maximum(even, odd)
     torch.maximum(both[:, :, 1:], odd[:, :, :-1], out=both[:, :, 1:])
-    return both.view(torch.bfloat16).permute(0, 3, 1, 2)
+    return both.view(torch.bfloat16)

@@ -81,4 +81,4 @@ def _probe(dtype: torch.dtype) -> tuple[Convolution, Tensor]:
     convolution = Convolution(
         torch.full((c, c, 3, 3), 0.01), torch.zeros(c), relu=True, padding=1, dtype=dtype, device=cpu
     )
-    return convolution, torch.ones(1, c, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
+    return convolution, torch.ones(1, 32, 32, c, dtype=dtype)

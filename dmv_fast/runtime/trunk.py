@@ -52,13 +52,13 @@ class Block:
         )  # fmt: skip
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, h, w); may write over x."""
+        """(B, H, W, C_in) -> (B, h, w, C_out); may write over x."""
         shortcut = x if self._shortcut is None else self._shortcut(x)
         return self._last(run_chain(self._chain, x), shortcut)
 
 
 class Trunk:
-    """The reference's Backbone, channels-last. Batch norm is folded, of `normalise` all but the mean."""
+    """The reference's Backbone on (B, H, W, C). Batch norm is folded, of `normalise` all but the mean."""
 
     def __init__(self, backbone: Backbone, *, dtype: torch.dtype, device: torch.device, split: bool = False):
         where = Where(dtype=dtype, device=device)
@@ -81,14 +81,14 @@ class Trunk:
         """Features of crops (B, 256, 256, 3) uint8 BGR into out (B, H, W, D), rows of any stride."""
         parts = [self._layer3(part) for part in crops.split(self._together or len(crops))]
         x = parts[0] if len(parts) == 1 else torch.cat(parts)
-        left = run_chain(self._necks[0], x).permute(0, 2, 3, 1)
+        left = run_chain(self._necks[0], x)
         for block in self._layer4:
             x = block(x)
-        right = run_chain(self._necks[1], x).permute(0, 2, 3, 1)
+        right = run_chain(self._necks[1], x)
         join(left, right, self._neck_bias, out, unit_scale=self._unit_scale)
 
     def _layer3(self, crops: Tensor) -> Tensor:
-        """conv1 to layer3: (B, C3, 32, 32)."""
+        """conv1 to layer3: (B, 32, 32, C3)."""
         x = self._conv1(crops)
         for stage in self._stem:
             for block in stage:
