@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
+from dmv_fast.checks import check_number, check_whole
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.model.pick import PickConfig
 from dmv_fast.vision.crop import Window, search_window
 
 _SMALLEST = 2.0  # pixels; a box never shrinks below
 _MOST = 256  # windows along a side of the frame: for a target of a pixel there would be millions
-
-
-def check_whole(name: str, value: object, least: int) -> int:
-    """A setting as an int; ValueError unless it is a whole number of any type, `least` or more."""
-    if not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number, {least} or more")
-    return int(value)
 
 
 @dataclass(frozen=True)
@@ -53,8 +46,11 @@ class TrackerConfig:
     def __post_init__(self) -> None:
         for name, least in (("capacity", 1), ("search_home", 1), ("search_patience", 0)):
             check_whole(name, getattr(self, name), least)
-        if not 1 <= self.search_width < math.inf:
-            raise ValueError(f"search_width is {self.search_width!r}; it must be 1 or more")
+        for name, limit in (("found_score", 0.0), ("refound_score", 0.0), ("search_width", 1.0)):
+            check_number(name, getattr(self, name), limit)
+        for name, kind in (("policy", MemoryPolicy), ("pick", PickConfig)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(f"{name} is {type(value).__name__}; it must be a {kind.__name__}")
 
     @classmethod
     def of(cls, config: TrackerConfig | None) -> TrackerConfig:

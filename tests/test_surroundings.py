@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import pickle
 import shutil
@@ -18,6 +19,8 @@ import torch
 
 from dmv_fast import FastDMVTracker
 from dmv_fast.model.dmv import DMV, DMVConfig
+from dmv_fast.model.memory import MemoryPolicy
+from dmv_fast.model.pick import PickConfig
 from dmv_fast.multi import MultiTracker
 from dmv_fast.tracker import TrackerConfig
 from dmv_fast.weights import save_model
@@ -102,9 +105,25 @@ def test_a_copy_has_a_memory_of_its_own(weights, frames, copied):
 
 @pytest.mark.parametrize("settings", [
     {"search_home": 0}, {"search_home": 2.5}, {"search_width": 0}, {"capacity": 0}, {"search_patience": -1},
+    {"found_score": "0.3"}, {"found_score": -0.1}, {"refound_score": math.nan}, {"search_width": math.inf},
 ])  # fmt: skip
 def test_settings_that_would_fail_in_mid_video_are_named_at_once(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
+        TrackerConfig(**settings)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    (MemoryPolicy, {"interval": 0}), (MemoryPolicy, {"interval": 2.5}), (MemoryPolicy, {"threshold": -1}),
+    (PickConfig, {"size_penalty": -0.1}), (PickConfig, {"window": 1.5}), (PickConfig, {"smoothing": "all"}),
+])  # fmt: skip
+def test_the_parts_of_a_config_are_checked_too(kind, settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} is .*; it must be a"):
+        kind(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"policy": 30}, {"pick": {"window": 0.1}}])
+def test_a_part_of_a_config_of_another_kind_is_named(settings):
+    with pytest.raises(TypeError, match=f"{next(iter(settings))} is .*; it must be a"):
         TrackerConfig(**settings)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dmv_fast.checks import check_number, check_whole
+
 
 class ValueEncoder(nn.Module):
     """Key map, centre scores and box deltas to values (section 3.1).
@@ -85,7 +87,11 @@ class MemoryPolicy:
     interval: int = 30
     """At least this many frames between two writes."""
     threshold: float = 0.7
-    """The centre score must reach this."""
+    """The centre score must reach this; above 1, nothing is ever written."""
+
+    def __post_init__(self) -> None:
+        check_whole("interval", self.interval, 1)
+        check_number("threshold", self.threshold, 0)
 
     def wants(self, frame: int, last_written: int, score: float) -> bool:
         return frame - last_written >= self.interval and score >= self.threshold

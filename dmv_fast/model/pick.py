@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmv_fast.checks import check_number
+
 
 @dataclass(frozen=True)
 class PickConfig:
@@ -19,6 +21,11 @@ class PickConfig:
     """Share of a cosine window over the crop in the ranking."""
     smoothing: float = 0.7
     """How far the size moves to the new one in a frame, times the score; 1 takes the new size whole."""
+
+    def __post_init__(self) -> None:
+        check_number("size_penalty", self.size_penalty, 0)
+        check_number("window", self.window, 0, 1)
+        check_number("smoothing", self.smoothing, 0, 1)
 
 
 class Pick(NamedTuple):
