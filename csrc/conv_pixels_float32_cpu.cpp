@@ -15,8 +15,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kShare = 4;      // rows of out that a thread takes at least: each share makes one row of sums twice
-constexpr int64_t kTogether = 16;  // rows of out whose pixels are laid out together: they stay in L2
+constexpr int64_t kShare = 8;  // rows of out that a thread takes at least: each share makes up to four rows of sums twice
 
 bool convolve_pixels_float32_cpu_runs() { return allowed(Isa::avx2); }
 
@@ -30,7 +29,7 @@ PixelsPart part_of_call() {
 
 void convolve_pixels_float32_cpu(
     const Tensor& crops,   // [B, H, W, 3] uint8
-    const Tensor& weight,  // [C / 32, 7 x 7 x 3, 32] float32, see pixels.py
+    const Tensor& weight,  // [C / 32, 13 x 7 x 3, 32] float32, see pixels.py
     const Tensor& bias,    // [C]
     const Tensor& mean,    // [3]
     Tensor out)            // [B, H / 4, W / 4, C]
@@ -46,7 +45,7 @@ void convolve_pixels_float32_cpu(
   STD_TORCH_CHECK(c.c_out % kPanel == 0, "bias: its length must be a multiple of 32");
   const int64_t batch = crops.size(0), rows = c.height / 4;
   c.crops = checked<uint8_t>(crops, "crops", ScalarType::Byte, crops.numel());
-  c.weight = checked<float>(weight, "weight", ScalarType::Float, c.c_out * 7 * 7 * 3);
+  c.weight = checked<float>(weight, "weight", ScalarType::Float, c.c_out * 13 * 7 * 3);
   c.bias = checked<float>(bias, "bias", ScalarType::Float, c.c_out);
   c.mean = checked<float>(mean, "mean", ScalarType::Float, 3);
   checked<float>(out, "out", ScalarType::Float, batch * rows * (c.width / 4) * c.c_out);
@@ -55,8 +54,8 @@ void convolve_pixels_float32_cpu(
   torch::stable::parallel_for(0, batch * rows, kShare, [&](int64_t begin, int64_t end) {
     for (int64_t last; begin < end; begin = last) {
       const int64_t crop = begin / rows;
-      last = std::min({end, (crop + 1) * rows, begin + kTogether});
-      auto* const room = static_cast<float*>(room_of(c.room_numbers(last - begin) * int64_t(sizeof(float))));
+      last = std::min(end, (crop + 1) * rows);
+      auto* const room = static_cast<float*>(room_of(c.room_numbers() * int64_t(sizeof(float))));
       part(c, crop, begin - crop * rows, last - crop * rows, room);
     }
   });

@@ -13,30 +13,29 @@ constexpr int kRowsTogether = kWidth == 16 ? 8 : 4;  // times two vectors of cha
 // 2 to 7 % of a frame; 3 KB are too few, 64 KB and fetching to L1 gain less.
 constexpr int64_t kAhead = 256;
 
-// kRowsTogether rows `pitch` apart, each of `pieces` pieces of `depth` numbers, `step` apart.
+// kRowsTogether rows of `depth` numbers, `pitch` apart.
 struct PanelRows {
   const float* at;
-  int64_t pitch, depth, pieces = 1, step = 0;
+  int64_t pitch, depth;
 };
 
-// put(row, channel, vector) for all of rows[kRowsTogether][pieces * depth] * b[pieces * depth][32]
+// put(row, channel, vector) for all of rows[kRowsTogether][depth] * b[depth][32]
 template <class Put>
 inline void multiply_panel(const PanelRows& rows, const float* b, Put&& put) {
   for (int64_t half = 0; half < kPanel; half += 2 * kWidth) {
     Vector sum[kRowsTogether][2];
     for (auto& row : sum) row[0] = row[1] = Lanes::zero();
-    const float *a = rows.at, *line = b + half;
-    for (int64_t piece = 0; piece < rows.pieces; ++piece, a += rows.step)
-      for (int64_t d = 0; d < rows.depth; ++d, line += kPanel) {
-        const Vector b0 = Lanes::load(line), b1 = Lanes::load(line + kWidth);
-        __builtin_prefetch(line + kAhead * kPanel, 0, 2);
-        __builtin_prefetch(line + kAhead * kPanel + kWidth, 0, 2);
-        for (int r = 0; r < kRowsTogether; ++r) {
-          const Vector spread = Lanes::fill(a[r * rows.pitch + d]);
-          sum[r][0] = Lanes::multiply_add(spread, b0, sum[r][0]);
-          sum[r][1] = Lanes::multiply_add(spread, b1, sum[r][1]);
-        }
+    const float* line = b + half;
+    for (int64_t d = 0; d < rows.depth; ++d, line += kPanel) {
+      const Vector b0 = Lanes::load(line), b1 = Lanes::load(line + kWidth);
+      __builtin_prefetch(line + kAhead * kPanel, 0, 2);
+      __builtin_prefetch(line + kAhead * kPanel + kWidth, 0, 2);
+      for (int r = 0; r < kRowsTogether; ++r) {
+        const Vector spread = Lanes::fill(rows.at[r * rows.pitch + d]);
+        sum[r][0] = Lanes::multiply_add(spread, b0, sum[r][0]);
+        sum[r][1] = Lanes::multiply_add(spread, b1, sum[r][1]);
       }
+    }
     for (int r = 0; r < kRowsTogether; ++r) {
       put(r, half, sum[r][0]);
       put(r, half + kWidth, sum[r][1]);

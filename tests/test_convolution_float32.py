@@ -107,7 +107,9 @@ def test_wrong_tensors_are_refused():
         made(x, onto=x)
 
 
-@pytest.mark.parametrize("shape", [(1, 256, 256, 3), (3, 128, 64, 3), (2, 4, 16, 3), (1, 20, 48, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1, 256, 256, 3), (3, 128, 64, 3), (2, 4, 16, 3), (1, 20, 48, 3), (1, 40, 48, 3)]
+)
 def test_pixels_to_pooled_map(isa, shape):
     """On pixels less the mean, zero beyond the crop."""
     torch.manual_seed(0)

@@ -15,7 +15,14 @@ from torch.nn import functional as F
 from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
-from dmv_fast.runtime.fold import norm_line, panels, scaled
+from dmv_fast.runtime.fold import (
+    THREE_TAP_POINTS,
+    TWO_TAP_POINTS,
+    norm_line,
+    panels,
+    scaled,
+    weights_at_points,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on
@@ -261,20 +268,11 @@ def _suits_winograd(weight: Tensor, stride: int, dilation: int, groups: int) -> 
 
 def _winograd_points(weight: Tensor, stride: int) -> Tensor:
     """(C_out, C_in, 3, 3) -> G w G' (36, C_out / 32, C_in, 32), see csrc/conv_winograd.h."""
-    points = [root * sign for root in (math.sqrt(0.5), math.sqrt(2)) for sign in (1, -1)]
-    taps = [0, 1, 2]
-    if stride == 1:
-        points = [0.0, *points]
-    else:
-        taps = [0, 2]
-    # A point's row is the taps' polynomial there, divided by the product of its distances to the others.
     g = torch.zeros(6, 3, dtype=torch.float64)
-    for row, at in enumerate(points):
-        share = math.prod(at - other for other in points if other != at)
-        for power, tap in enumerate(taps):
-            g[row, tap] = at**power / share
-    g[len(points), 2] = 1
-    if stride == 2:
+    if stride == 1:
+        g = weights_at_points(THREE_TAP_POINTS, 3)
+    else:  # even pixels meet the first and the last tap, odd ones the second alone
+        g[:5, ::2] = weights_at_points(TWO_TAP_POINTS, 2)
         g[5, 1] = 1
     products = torch.kron(g, g) @ weight.detach().double().flatten(2).flatten(0, 1).T  # (36, C_out * C_in)
     return panels(products.float().view(36, -1, weight.shape[1]))

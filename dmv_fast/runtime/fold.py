@@ -7,6 +7,7 @@ the reference within rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,25 @@ def scaled(weight: Tensor, scale: Tensor) -> Tensor:
 def panels(weight: Tensor) -> Tensor:
     """(..., C_out, C_in) -> (..., C_out / 32, C_in, 32), as the CPU's float32 products read them."""
     return weight.unflatten(-2, (-1, 32)).transpose(-1, -2).contiguous()
+
+
+def weights_at_points(points: Sequence[float], taps: int) -> Tensor:
+    """Winograd's G (points + 1, taps), float64: taps of a filter to its values at points and at infinity.
+
+    A point's row is the taps' polynomial there, divided by the product of its distances to the others.
+    """
+    g = torch.zeros(len(points) + 1, taps, dtype=torch.float64)
+    for row, at in enumerate(points):
+        share = math.prod(at - other for other in points if other != at)
+        for power in range(taps):
+            g[row, power] = at**power / share
+    g[-1, -1] = 1
+    return g
+
+
+FOUR_TAP_POINTS = (0.5, -0.5, 1.0, -1.0, 2.0, -2.0)  # of csrc/conv_pixels_float32.h
+TWO_TAP_POINTS = tuple(root * sign for root in (math.sqrt(0.5), math.sqrt(2)) for sign in (1, -1))
+THREE_TAP_POINTS = (0.0, *TWO_TAP_POINTS)  # both of csrc/conv_winograd.h
 
 
 def fold_pixels(weight: Tensor, deviation: tuple[float, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.convolution import Convolution, amx_runs
-from dmv_fast.runtime.fold import panels
+from dmv_fast.runtime.fold import FOUR_TAP_POINTS, THREE_TAP_POINTS, panels, weights_at_points
 from dmv_fast.vision.crop import CROP_SIZE
 
 # Channels of a pixel on a GPU, the last of them zero: with 3, cuDNN would copy them into 8 by itself.
@@ -103,7 +103,10 @@ class PixelsFloat32:
     """`pixels_to_map` in one go and in float32: csrc/conv_pixels_float32.h."""
 
     def __init__(self, weight: Tensor, bias: Tensor, mean: Tensor):
-        self._weight = panels(weight.permute(0, 2, 3, 1).flatten(1))
+        rows = weight.detach().double().permute(0, 2, 3, 1).flatten(2)  # (C, 7, 21): a window's rows
+        even, odd = weights_at_points(FOUR_TAP_POINTS, 4), weights_at_points(THREE_TAP_POINTS, 3)
+        points = torch.cat([even @ rows[:, ::2], odd @ rows[:, 1::2]], 1)  # (C, 7 + 6, 21)
+        self._weight = panels(points.flatten(1).float())
         self._bias, self._mean = bias, mean
 
     def __call__(self, crops: Tensor) -> Tensor:
