@@ -262,15 +262,16 @@ def test_tables_take_their_places(tmp_path):
 
 def test_the_page_has_every_place():
     page = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
-    places = ("claims", "readers", "memory", "candidates", "capacity", "background", "terms", "checkpoints")
-    for name in places:
+    places = "claims readers remembered memory candidates capacity background terms checkpoints"
+    for name in places.split():
         report.replace_between(page, name, "")
 
 
 def test_report_from_figures(tmp_path):
     pytest.importorskip("matplotlib")
     names = [one.name for one in settings.settings_of("dmv18", "float32")]
-    names += [f"reader-{v}-{s}" for v in readers.VARIANTS for s in (0, 1)]
+    reads = [*readers.VARIANTS, readers.name_of("vote", 2000), readers.name_of("softmax", 2000)]
+    names += [f"reader-{read}-{s}" for read in reads for s in (0, 1)]
     names += ["checkpoint-g16", "checkpoint-g32"]
     worse = {"memory-off": -0.1, "k-32": 0.0}
     rng = np.random.default_rng(0)
@@ -285,9 +286,10 @@ def test_report_from_figures(tmp_path):
     results = tmp_path / "results" / "ablations"
     results.mkdir(parents=True)
     (results / "sequences.csv").write_text(readers.as_csv(rows))
+    figures = ("iou", *(f"iou_{t}" for t in report.REMEMBERED))
     ious = [
-        {"variant": v, "seed": s, "sample": i, "iou": rng.uniform() if i else float("nan")}
-        for v in readers.VARIANTS
+        {"variant": v, "seed": s, "sample": i, **{f: rng.uniform() if i else float("nan") for f in figures}}
+        for v in reads
         for s in (0, 1)
         for i in range(4)
     ]
@@ -299,7 +301,8 @@ def test_report_from_figures(tmp_path):
     mean = np.mean([float(row["auc"]) for row in rows if (row["dataset"], row["setting"]) == ("dev", "base")])
     assert f"| on (32 frames, every 30) | {mean:.3f} |  |" in text
     assert "nan" not in text
-    assert text.count("| softmax over all | 2 |") == 1
+    assert text.count("| softmax over all | 2 |") == 1 == text.count("| softmax over all, 2,000 steps | 2 |")
+    assert text.count("| vote beats softmax, 2,000 steps |") == 3  # on held-out samples, dev, held-out videos
     verdicts = {line.split("|")[1].strip(): line.split("|")[4].strip() for line in text.splitlines()
                 if line.count("|") == 5 and "dev AUC:" in line}  # fmt: skip
     assert verdicts["memory on beats off"] == "yes" and verdicts["K = 32 beats K = 4"] == "open"
@@ -345,6 +348,20 @@ def test_each_machine_s_speed_has_its_column(tmp_path):
         text = f"section,k,fps\nk,1,{fps}\nmemory,4,{fps / 2}\nk,4,{fps / 3}\n"
         (tmp_path / machine / "frame.csv").write_text(text)
     assert report.bench_fps(tmp_path) == {"fast": {1: 90, 4: 30}, "slow": {1: 30, 4: 10}}
+
+
+def test_longer_trained_reads_are_compared_with_the_vote_trained_as_long():
+    assert readers.name_of("no-score", readers.RECIPE.steps) == "no-score"
+    assert report.title_of(readers.name_of("no-score", 2000)).endswith("words), 2,000 steps")
+    assert report.rival_of("softmax") == report.rival_of("no-score") == "vote"
+    assert report.rival_of("softmax-2000") == report.rival_of("vote-2000") == "vote-2000"
+    one, other = {0: np.array([0.5, np.nan])}, {0: np.array([0.2, np.nan])}
+    runs = {"vote": one, "softmax": other, "vote-2000": other, "softmax-2000": one}
+    table = report.remembered_table(dict.fromkeys(report.REMEMBERED, runs))
+    cells = {line.split(" | ")[0]: line.split(" | ")[1] for line in table.splitlines()[2:]}
+    assert cells["| softmax over all"].startswith("-0.300")
+    assert cells["| softmax over all, 2,000 steps"].startswith("+0.300")
+    assert cells["| vote, renormalised scores (ours), 2,000 steps"] == "0.200"
 
 
 def test_reads_are_compared_over_the_seeds_that_both_have():

@@ -91,7 +91,7 @@ def readers(measured: report.Measured, runs: dict[str, dict[int, np.ndarray]]) -
     """Each seed of each read: IoU on held-out samples, AUC on dev."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = [name for name in report.READERS if name in runs]
+    names = list(runs)
     for row, name in enumerate(names):
         ious = [np.nanmean(iou) for iou in runs[name].values()]
         settings = [f"{READER}{name}-{seed}" for seed in runs[name]]
@@ -103,7 +103,7 @@ def readers(measured: report.Measured, runs: dict[str, dict[int, np.ndarray]]) -
     left.set(xlabel="IoU on held-out samples, a dot a seed")
     right.set(xlabel="dev, mean AUC, a dot a seed")
     for axes in (left, right):
-        axes.set_yticks(range(len(names)), [report.READERS[name] for name in names])
+        axes.set_yticks(range(len(names)), [report.title_of(name) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(True, axis="x", color="0.9")
     right.set_yticklabels([])

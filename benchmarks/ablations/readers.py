@@ -6,8 +6,8 @@ never changes, so what the last layers read is computed once for each sample and
 one seed see the same samples in the same order.
 
     OUT/features-train, features-held-out   that, with the boxes
-    OUT/VARIANT-SEED/model.safetensors      a whole checkpoint
-    OUT/VARIANT-SEED/held_out.csv           loss and IoU of each held-out sample; written last
+    OUT/NAME-SEED/model.safetensors         a whole checkpoint; NAME: see `name_of`
+    OUT/NAME-SEED/held_out.csv              loss and IoU of each held-out sample; written last
 """
 
 from __future__ import annotations
@@ -179,11 +179,16 @@ def last_layers(backbone: Backbone) -> Backbone:
 # ---- training ----------------------------------------------------------------------------------------
 
 
+def name_of(variant: str, steps: int) -> str:
+    """What runs of a variant are called: by their steps as well where these are not the usual ones."""
+    return variant if steps == RECIPE.steps else f"{variant}-{steps}"
+
+
 def train(
     checkpoint: str, out: Path, *, train_on: Features, held_out: Features, variant: str, seed: int, steps: int
 ) -> Path:
     """One run, or nothing if it is there already; returns its folder."""
-    folder = out / f"{variant}-{seed}"
+    folder = out / f"{name_of(variant, steps)}-{seed}"
     if (folder / "held_out.csv").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +199,7 @@ def train(
     whole.load_state_dict(start.backbone.state_dict())
     model.backbone = last_layers(whole)
     began = time.monotonic()
-    log = _run_steps(model, replace(RECIPE, steps=steps, seed=seed), train_on, f"{variant}-{seed}")
+    log = _run_steps(model, replace(RECIPE, steps=steps, seed=seed), train_on, folder.name)
     rows = _validate(model, held_out)
     model.backbone = whole
     save_model(model, folder / "model.safetensors")

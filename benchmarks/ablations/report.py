@@ -18,12 +18,31 @@ RESAMPLES = 10_000
 SEED = 0
 SETS = ("dev", "held-out")
 PAPER_K = {1: (63.6, 87), 2: (62.6, 82), 4: (65.8, 79), 8: (66.6, 72), 16: (68.7, 61), 32: (69.2, 44)}
+REMEMBERED = (1, 2, 3, 4, 5)  # frames, of which a later one of a held-out sample is read
 READERS = {
     "vote": "vote, renormalised scores (ours)",
     "mlp": "top-k + MLP",
     "softmax": "softmax over all",
     "no-score": "vote, no scores (the paper's words)",
 }
+
+
+def title_of(name: str) -> str:
+    """A read's words: of a name as readers.name_of makes them."""
+    variant, steps = _parts(name)
+    return READERS[variant] + (f", {int(steps):,} steps" if steps else "")
+
+
+def rival_of(name: str) -> str:
+    """The vote that was trained as long."""
+    return "-".join(filter(None, ("vote", _parts(name)[1])))
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Variant, and steps or nothing."""
+    found = re.fullmatch(r"(.+?)(?:-(\d+))?", name)
+    assert found is not None
+    return found[1], found[2] or ""
 
 
 class Difference(NamedTuple):
@@ -107,6 +126,8 @@ def write_report(results: Path, doc: Path) -> None:
     runs = reader_runs(results / "readers.csv") if (results / "readers.csv").is_file() else {}
     if runs:
         tables["readers"] = readers_table(measured, runs) + trained_note(results / "about.json")
+        by_frames = {t: reader_runs(results / "readers.csv", f"iou_{t}") for t in REMEMBERED}
+        tables["remembered"] = remembered_table(by_frames)
     tables["claims"] = claims_table(measured, runs)
     if others := [name for name in measured.settings() if name.startswith(COMPARED)]:
         tables["checkpoints"] = _table(
@@ -236,19 +257,38 @@ def background_figures(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
-def reader_runs(path: Path) -> dict[str, dict[int, np.ndarray]]:
-    """readers.csv: variant -> seed -> IoU (samples,), NaN where a sample shows no target."""
+def reader_runs(path: Path, figure: str = "iou") -> dict[str, dict[int, np.ndarray]]:
+    """readers.csv: name -> seed -> IoU (samples,), NaN where a sample shows no target.
+
+    Names in the order of READERS, longer trained ones behind.
+    """
     runs: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            runs[row["variant"]][int(row["seed"])].append(float(row["iou"]))
-    return {v: {seed: np.array(iou) for seed, iou in seeds.items()} for v, seeds in runs.items()}
+            runs[row["variant"]][int(row["seed"])].append(float(row[figure]))
+    order = list(READERS)
+    names = sorted(runs, key=lambda name: (int(_parts(name)[1] or 0), order.index(_parts(name)[0])))
+    return {name: {seed: np.array(iou) for seed, iou in sorted(runs[name].items())} for name in names}
+
+
+def remembered_table(by_frames: dict[int, dict[str, dict[int, np.ndarray]]]) -> str:
+    """IoU on held-out samples by how many frames were remembered: the vote's, and the others' less that."""
+    rows = []
+    for name in by_frames[REMEMBERED[0]]:
+        cells = [_remembered_cell(by_frames[t], name) for t in REMEMBERED]
+        rows.append([title_of(name), *cells])
+    return _table(["read", *(f"{t} remembered" for t in REMEMBERED)], rows)
+
+
+def _remembered_cell(runs: dict[str, dict[int, np.ndarray]], name: str) -> str:
+    difference = None if name == rival_of(name) else iou_difference(runs, name, rival_of(name))
+    return f"{np.nanmean(list(runs[name].values())):.3f}" if difference is None else str(difference)
 
 
 def readers_table(measured: Measured, runs: dict[str, dict[int, np.ndarray]]) -> str:
     rows = []
-    for variant in (name for name in READERS if name in runs):
-        rows.append([READERS[variant], *_iou_cells(runs, variant)])
+    for variant in runs:
+        rows.append([title_of(variant), *_iou_cells(runs, variant)])
         for dataset in SETS:
             rows[-1] += _tracked_cells(measured, runs, variant, dataset)
     head = ["read", "seeds", "held-out samples, IoU (each seed)", "difference, 95 %"]
@@ -270,9 +310,10 @@ def trained_note(path: Path) -> str:
 def _iou_cells(runs: dict[str, dict[int, np.ndarray]], variant: str) -> list[str]:
     each = " ".join(f"{np.nanmean(v):.3f}" for v in runs[variant].values())
     mean = np.nanmean(list(runs[variant].values()))
-    difference = iou_difference(runs, variant, "vote")
+    rival = rival_of(variant)
+    difference = iou_difference(runs, variant, rival)
     cells = [str(len(runs[variant])), f"{mean:.3f} ({each})"]
-    return [*cells, "" if variant == "vote" or difference is None else str(difference)]
+    return [*cells, "" if variant == rival or difference is None else str(difference)]
 
 
 def iou_difference(runs: dict[str, dict[int, np.ndarray]], one: str, other: str) -> Difference | None:
@@ -291,8 +332,9 @@ def _tracked_cells(measured: Measured, runs: dict, variant: str, dataset: str) -
         return ["-", "-"]
     values = [measured.values(dataset, s).mean() for s in tracked]
     cell = f"{np.mean(values):.3f} ({' '.join(f'{v:.3f}' for v in values)})"
-    difference = tracked_difference(measured, runs, variant, "vote", dataset)
-    return [cell, "" if variant == "vote" or difference is None else str(difference)]
+    rival = rival_of(variant)
+    difference = tracked_difference(measured, runs, variant, rival, dataset)
+    return [cell, "" if variant == rival or difference is None else str(difference)]
 
 
 def _settings_of(runs: dict, variant: str, seeds: set[int] | None = None) -> list[str]:
@@ -333,8 +375,11 @@ def claims_table(measured: Measured, runs: dict) -> str:
         ("mlp", "vote beats top-k + MLP", "+0.087"),
         ("no-score", "scores carried beat none (ours)", "not tried"),
     ):
-        figures = {"held-out IoU": iou_difference(runs, "vote", one)}
-        figures |= {f"{name} AUC": tracked_difference(measured, runs, "vote", one, name) for name in SETS}
-        claims += [(text, paper, figure, found) for figure, found in figures.items() if found is not None]
+        for name in (name for name in runs if _parts(name)[0] == one):
+            vote, steps = rival_of(name), _parts(name)[1]
+            figures = {"held-out IoU": iou_difference(runs, vote, name)}
+            figures |= {f"{d} AUC": tracked_difference(measured, runs, vote, name, d) for d in SETS}
+            words = f"{text}, {int(steps):,} steps" if steps else text
+            claims += [(words, paper, figure, found) for figure, found in figures.items() if found]
     rows = [[text, paper, f"{figure}: {found}", found.verdict] for text, paper, figure, found in claims]
     return _table(["claim", "paper, OTB-100", "here, 95 %", "shown here?"], rows)
