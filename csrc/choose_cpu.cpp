@@ -50,7 +50,7 @@ struct Maps {
 // scores [A, H, W]: all are written. answer [5].
 void choose(const Maps& maps, const float* last, const Terms& terms, float* scores, float* answer) {
   const float last_scale = scale(last[0], last[1]), last_ratio = last[0] / last[1];
-  float highest = -1;  // a rank is 0 or more
+  float highest = -HUGE_VALF;
   Box best{};
   int64_t i = 0;
   for (int64_t a = 0; a < maps.count; ++a)
@@ -68,7 +68,7 @@ void choose(const Maps& maps, const float* last, const Terms& terms, float* scor
         const float change = larger(scale(box.w, box.h) / last_scale) * larger(box.w / box.h / last_ratio);
         box.penalty = std::exp(-(change - 1) * terms.size_penalty);
         const float rank = box.score * box.penalty * (1 - terms.window) + maps.window[i] * terms.window;
-        if (rank <= highest || highest != highest) continue;  // NaN is the highest, as torch.argmax has it
+        if ((i > 0 && rank <= highest) || highest != highest) continue;  // NaN is the highest, as torch.argmax has it
         highest = rank;
         box.cx = anchor[0] + anchor[2] / 2 + delta[0] * anchor[2];
         box.cy = anchor[1] + anchor[3] / 2 + delta[maps.delta_kind] * anchor[3];
@@ -100,6 +100,7 @@ std::tuple<Tensor, Tensor> choose_box_cpu(
       logits.scalar_type() == ScalarType::Float && deltas.scalar_type() == ScalarType::Float,
       "logits, deltas: must be float32");
   const int64_t boxes = count * height * width;
+  STD_TORCH_CHECK(boxes > 0, "logits: there must be a box to choose");
   Maps all{};
   all.anchors = checked<float>(anchors, "anchors", ScalarType::Float, boxes * 4);
   all.window = checked<float>(window, "window", ScalarType::Float, boxes);

@@ -84,10 +84,13 @@ constexpr int64_t kPixelStep = 32;
 PointwisePart pointwise_avx2();
 PointwisePart pointwise_avx512();
 
+constexpr int kPixelPoints = 13;  // matrices that a 7 x 7 kernel of stride 2 becomes, and rows of points under four of sums
+constexpr int kRowsOfGroup = 13;  // of pixels, under the same four
+
 // conv1 with the max pool behind it: 7 x 7 of stride 2 on pixels, then 3 x 3 of stride 2.
 struct PixelsFloat32 {
   const uint8_t* crops;  // [crops][height][width][3]
-  const float* weight;   // [c_out / 32][13 points x 7 x 3][32]
+  const float* weight;   // [c_out / 32][kPixelPoints x 7 x 3][32]
   const float* bias;     // [c_out]
   const float* mean;     // [3]: what a pixel outside of the crop is
   float* out;            // [crops][height / 4][width / 4][c_out]
@@ -96,7 +99,9 @@ struct PixelsFloat32 {
   // Of a row of pixels with three beside it on either side, up to a whole number of cache lines.
   int64_t row_numbers() const { return ((width + 6) * 3 + kCacheLine - 1) / kCacheLine * kCacheLine; }
   int64_t sum_numbers() const { return width / 2 * c_out; }
-  int64_t room_numbers() const { return 2 * 13 * row_numbers() + 13 * kTileStep * kPanel + 8 * sum_numbers(); }
+  int64_t room_numbers() const { 
+    return (kRowsOfGroup + kPixelPoints) * row_numbers() + kPixelPoints * kTileStep * kPanel + 8 * sum_numbers();
+  }
 };
 
 // Rows first..last of one crop's out; room: 64-byte aligned, for `room_numbers` floats.

@@ -12,8 +12,7 @@ namespace dmv_fast {
 namespace {
 
 constexpr int64_t kBeside = 3, kColours = 3, kPiece = 7 * kColours;
-constexpr int kFourTaps = 7, kPixelPoints = 13;  // points of even rows, and of both
-constexpr int kRowsOfGroup = 13;                 // of pixels, under four rows of sums
+constexpr int kFourTaps = 7;  // points of even rows
 
 // A row of the crop, pixel - mean, with zeros, the mean colour, around.
 inline void lay_out_row(const PixelsFloat32& c, int64_t crop, int64_t y, float* to) {

@@ -29,7 +29,7 @@ PixelsPart part_of_call() {
 
 void convolve_pixels_float32_cpu(
     const Tensor& crops,   // [B, H, W, 3] uint8
-    const Tensor& weight,  // [C / 32, 13 x 7 x 3, 32] float32, see pixels.py
+    const Tensor& weight,  // [C / 32, kPixelPoints x 7 x 3, 32] float32, see pixels.py
     const Tensor& bias,    // [C]
     const Tensor& mean,    // [3]
     Tensor out)            // [B, H / 4, W / 4, C]
@@ -45,7 +45,7 @@ void convolve_pixels_float32_cpu(
   STD_TORCH_CHECK(c.c_out % kPanel == 0, "bias: its length must be a multiple of 32");
   const int64_t batch = crops.size(0), rows = c.height / 4;
   c.crops = checked<uint8_t>(crops, "crops", ScalarType::Byte, crops.numel());
-  c.weight = checked<float>(weight, "weight", ScalarType::Float, c.c_out * 13 * 7 * 3);
+  c.weight = checked<float>(weight, "weight", ScalarType::Float, c.c_out * kPixelPoints * 7 * 3);
   c.bias = checked<float>(bias, "bias", ScalarType::Float, c.c_out);
   c.mean = checked<float>(mean, "mean", ScalarType::Float, 3);
   checked<float>(out, "out", ScalarType::Float, batch * rows * (c.width / 4) * c.c_out);

@@ -37,6 +37,10 @@ void scale(const float* x, float factor, int64_t count, float* out) {
 
 bool is_float(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; }
 
+bool same_rows(const Tensor& a, const Tensor& b) {
+  return a.size(0) == b.size(0) && a.size(1) == b.size(1) && a.size(2) == b.size(2);
+}
+
 void join_rows_cpu(
     const Tensor& left,   // [B, H, W, D / 2], contiguous
     const Tensor& right,  // [B, H, W, D / 2], contiguous
@@ -44,13 +48,14 @@ void join_rows_cpu(
     double epsilon)       // added to the mean square; less than 0: rows are joined as they are
 {
   STD_TORCH_CHECK(
-      left.dim() == 4 && right.dim() == 4 && out.dim() == 4 && left.numel() == right.numel() &&
-          left.size(3) == right.size(3) && out.size(3) == 2 * left.size(3) && out.numel() == 2 * left.numel(),
+      left.dim() == 4 && right.dim() == 4 && out.dim() == 4 && same_rows(left, right) && same_rows(left, out) &&
+          left.size(3) == right.size(3) && out.size(3) == 2 * left.size(3),
       "left, right, out: must be (B, H, W, D / 2), the same and (B, H, W, D)");
   STD_TORCH_CHECK(is_float(left) && is_float(right) && is_float(out), "left, right, out: must be float32");
   STD_TORCH_CHECK(
       left.is_contiguous() && right.is_contiguous() && out.stride(3) == 1 && out.stride(2) >= out.size(3) &&
-          out.stride(1) == out.size(2) * out.stride(2) && out.stride(0) == out.size(1) * out.stride(1),
+          (out.size(1) == 1 || out.stride(1) == out.size(2) * out.stride(2)) &&
+          (out.size(0) == 1 || out.stride(0) == out.size(1) * out.size(2) * out.stride(2)),
       "left, right, out: rows must be contiguous, out's evenly spaced");
   const int64_t half = left.size(3), width = 2 * half, step = out.stride(2);
   const auto* const from_left = static_cast<const float*>(left.const_data_ptr());

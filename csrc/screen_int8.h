@@ -36,7 +36,7 @@ struct ProductInt8 {
   using Element = float;
   static constexpr int64_t kDepthStep = 1;
   static constexpr int kRows = 8;
-  static constexpr int64_t kAhead = 2;  // blocks fetched to L2 before they are needed: their bytes lie 41 KB apart
+  static constexpr int64_t kAhead = 2;  // blocks whose bytes are fetched to L2 before they are needed: they do not lie one behind the other
 
   static void begin() {}
   static void end() {}
@@ -45,19 +45,19 @@ struct ProductInt8 {
   static void block(
       const float* rows, int64_t stride, const float* queries, int64_t depth, float* logits, Between&& between) {
     for (int group = 0; group < kGroups; ++group) between(group);
-    const char* const ahead = reinterpret_cast<const char*>(rows + kAhead * kBlock * stride);
+    const uintptr_t ahead = reinterpret_cast<uintptr_t>(rows) + kAhead * kBlock * stride * sizeof(float);
     multiply(KeyBlock(rows, depth), QueryTile(const_cast<float*>(queries), depth), depth, logits, ahead);
   }
 
   __attribute__((noinline)) static void multiply(
-      const KeyBlock& block, const QueryTile& tile, int64_t depth, float* logits, const char* ahead) {
+      const KeyBlock& block, const QueryTile& tile, int64_t depth, float* logits, uintptr_t ahead) {
     const __m512 scale[2] = {_mm512_loadu_ps(tile.scale), _mm512_loadu_ps(tile.scale + 16)};
     for (int key = 0; key < kBlock; key += kRows) {
       __m512i sum[kRows][2];
       for (auto& row : sum) row[0] = row[1] = _mm512_setzero_si512();
       const int8_t* const row = block.bytes + key * depth;
       for (int64_t d = 0; d < depth; d += 4) {
-        __builtin_prefetch(ahead + (key * depth + d * kRows), 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead + key * depth + d * kRows), 0, 2);
         const __m512i low = _mm512_loadu_si512(tile.bytes + d * kTile);
         const __m512i high = _mm512_loadu_si512(tile.bytes + d * kTile + 64);
         for (int r = 0; r < kRows; ++r) {

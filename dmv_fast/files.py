@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_LONGEST = 100  # characters of the target's name in the temporary one's
 
-def partial_path(target: Path) -> Path:
-    """The hidden name beside `target` under which it is written until it is whole."""
-    return target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")
+
+def partial_path(target: Path, *, keep_suffix: bool = False) -> Path:
+    """A new hidden name beside `target`, under which it is written until it is whole.
+
+    It ends in .part, or, for writers that go by the ending (OpenCV's), as `target` does.
+    """
+    name, ending = f".{target.name[:_LONGEST]}.{secrets.token_hex(4)}.part", target.suffix
+    return (target.parent / (name + ending if keep_suffix else name)).absolute()
 
 
 def check_target(target: str | os.PathLike[str]) -> Path:
-    """The path of a file that can be written; an OSError of the fitting kind if it cannot."""
+    """The path of a file that a user named to be written; an OSError of the fitting kind if it cannot.
+
+    Of a symbolic link it is where that points to: the file is replaced, not the link.
+    """
     path = Path(target)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, not a file to write")
     if path.exists() and not path.is_file():  # /dev/null: it would be replaced by a file
         raise OSError(f"{path}: is a device, pipe or socket, not a file to write")
-    if path.is_symlink():  # what it points to is replaced, not the link
-        path = path.resolve()
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK):
@@ -31,16 +41,15 @@ def check_target(target: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def replaced_when_complete(
-    target: str | os.PathLike[str], *, keep_interrupted: bool = False
+    target: Path, *, keep_suffix: bool = False, keep_interrupted: bool = False
 ) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; rename it to `target` at the end of the block.
+    """Yield a `partial_path` of `target`; it gets the target's name at the end of the block.
 
     If the block raises, the temporary file goes and a former `target` stays. keep_interrupted: Ctrl-C
     (KeyboardInterrupt) keeps what has been written so far, for outputs that are of use when cut short.
-    An OSError of the fitting kind if `target` cannot be written.
     """
-    path = check_target(target)
-    partial = partial_path(path)
+    path = target.absolute()  # the block may change folder
+    partial = partial_path(path, keep_suffix=keep_suffix)
     try:
         yield partial
         os.replace(partial, path)

@@ -15,6 +15,7 @@ from dmv_fast.model.pick import PickConfig
 from dmv_fast.vision.crop import Window, search_window
 
 _SMALLEST = 2.0  # pixels; a box never shrinks below
+_WIDEST = 100  # times the usual window; more is a mistake
 _MOST = 256  # windows along a side of the frame: for a target of a pixel there would be millions
 
 
@@ -46,8 +47,9 @@ class TrackerConfig:
     def __post_init__(self) -> None:
         for name, least in (("capacity", 1), ("search_home", 1), ("search_patience", 0)):
             check_whole(name, getattr(self, name), least)
-        for name, limit in (("found_score", 0.0), ("refound_score", 0.0), ("search_width", 1.0)):
-            check_number(name, getattr(self, name), limit)
+        check_number("found_score", self.found_score, 0)
+        check_number("refound_score", self.refound_score, 0)
+        check_number("search_width", self.search_width, 1, _WIDEST)
         for name, kind in (("policy", MemoryPolicy), ("pick", PickConfig)):
             if not isinstance(value := getattr(self, name), kind):
                 raise TypeError(f"{name} is {type(value).__name__}; it must be a {kind.__name__}")

@@ -110,6 +110,22 @@ def test_shrinking_takes_any_memory():
         assert np.array_equal(shrink(image, 256), expected)
 
 
+@pytest.mark.parametrize(
+    "corner", [(-40, 10), (10, -40), (-30, -20), (150, 10), (10, 90), (140, 80), (-60, -70)]
+)
+@pytest.mark.parametrize("side", [120, 300])
+def test_each_side_of_the_frame_is_filled_where_it_is(corner, side):
+    """Against NumPy, with a mean colour that is no whole number."""
+    image = np.random.default_rng(3).integers(0, 256, (130, 190, 3), np.uint8)
+    (x, y), colour = corner, image.reshape(-1, 3).mean(0).round()
+    patch = np.empty((side, side, 3), np.uint8)
+    patch[:] = colour
+    rows, columns = np.arange(y, y + side), np.arange(x, x + side)
+    rows_in, columns_in = (rows >= 0) & (rows < 130), (columns >= 0) & (columns < 190)
+    patch[np.ix_(rows_in, columns_in)] = image[np.ix_(rows[rows_in], columns[columns_in])]
+    assert np.array_equal(cut(image, Window(x, y, side), side), patch)
+
+
 def test_outside_is_the_mean_colour():
     image = np.full((50, 60, 3), (10, 200, 90), np.uint8)
     crop = cut(image, Window(-100, -100, 256))

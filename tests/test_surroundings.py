@@ -106,6 +106,7 @@ def test_a_copy_has_a_memory_of_its_own(weights, frames, copied):
 @pytest.mark.parametrize("settings", [
     {"search_home": 0}, {"search_home": 2.5}, {"search_width": 0}, {"capacity": 0}, {"search_patience": -1},
     {"found_score": "0.3"}, {"found_score": -0.1}, {"refound_score": math.nan}, {"search_width": math.inf},
+    {"capacity": True}, {"search_width": 10**400},
 ])  # fmt: skip
 def test_settings_that_would_fail_in_mid_video_are_named_at_once(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

@@ -23,7 +23,7 @@ from dmv_fast.training.data import SampleStream
 from dmv_fast.training.log import Log
 from dmv_fast.training.loop import Frames, TrainingRun, train
 from dmv_fast.training.recipe import Recipe, load_recipe
-from dmv_fast.training.unroll import Unroll
+from dmv_fast.training.unroll import FrameOutcome, Unroll, over_time
 from dmv_fast.weights import CheckpointError, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,6 +242,23 @@ def test_frames_rise_with_the_steps(data):
 
 
 @pytest.mark.slow
+def test_later_frames_weigh_more_and_an_absent_target_has_no_iou():
+    """Section 3.4: 2 t / N. Two samples of four frames; the second one's target is gone in the last."""
+
+    def outcome(loss: float, ious: tuple[float, float]) -> FrameOutcome:
+        return FrameOutcome(*[torch.full((2,), loss)] * 3, *[torch.tensor(ious)] * 2)
+
+    boxes = torch.ones(2, 4, 4)
+    boxes[1, 3] = torch.nan
+    for losses, expected in (((1, 1, 1), 1.0), ((3, 0, 0), 0.5), ((0, 0, 3), 1.5)):
+        each = [outcome(float(loss), (0.9, 0.3)) for loss in losses]
+        whole = over_time(each, boxes)
+        assert whole.loss.item() == pytest.approx(expected)
+        assert whole.centre.item() == pytest.approx(sum(losses) / 3)  # shown as they are
+        assert whole.iou.item() == pytest.approx((3 * 0.9 + 2 * 0.3) / 5)
+        assert (whole.score_present.item(), whole.score_absent.item()) == pytest.approx((0.66, 0.3))
+
+
 def test_overfits_one_clip():
     """A textured square on a moving background: after some steps the boxes lie on it, IoU over 0.8."""
     torch.manual_seed(0)

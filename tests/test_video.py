@@ -312,6 +312,36 @@ def test_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     assert names(tmp_path) == set()
 
 
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    """Two at a time, of one process or of two machines that share the folder: the later one stays, whole."""
+    target = tmp_path / "a.csv"
+    with replaced_when_complete(target) as first, replaced_when_complete(target) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert target.read_text() == "first" and names(tmp_path) == {"a.csv"}
+
+
+def test_a_partial_file_is_not_taken_for_a_whole_one(tmp_path):
+    with replaced_when_complete(tmp_path / "frame.csv") as partial:
+        partial.write_text("half")
+        assert not list(tmp_path.glob("*.csv"))
+    with replaced_when_complete(tmp_path / "sheet.png", keep_suffix=True) as partial:
+        assert partial.suffix == ".png" and partial.name.startswith(".")
+        partial.write_text("")
+    with replaced_when_complete(tmp_path / ("n" * 250 + ".csv")) as partial:
+        partial.write_text("")
+    assert names(tmp_path) == {"frame.csv", "sheet.png", "n" * 250 + ".csv"}
+
+
+def test_the_block_may_change_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with replaced_when_complete(Path("a.csv")) as partial:
+        partial.write_text("new")
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    assert names(tmp_path) == {"a.csv", "elsewhere"}
+
+
 def test_replaced_when_complete(tmp_path):
     target = tmp_path / "a.csv"
     with replaced_when_complete(target) as partial:

@@ -89,9 +89,9 @@ def differences(measured: report.Measured) -> Figure:
 
 def readers(measured: report.Measured, runs: dict[str, dict[int, np.ndarray]]) -> Figure:
     """Each seed of each read: IoU on held-out samples, AUC on dev."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
     names = list(runs)
+    figure = Figure(figsize=(8, 1.6 + 0.5 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for row, name in enumerate(names):
         ious = [np.nanmean(iou) for iou in runs[name].values()]
         settings = [f"{READER}{name}-{seed}" for seed in runs[name]]

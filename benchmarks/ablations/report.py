@@ -281,8 +281,10 @@ def remembered_table(by_frames: dict[int, dict[str, dict[int, np.ndarray]]]) -> 
 
 
 def _remembered_cell(runs: dict[str, dict[int, np.ndarray]], name: str) -> str:
-    difference = None if name == rival_of(name) else iou_difference(runs, name, rival_of(name))
-    return f"{np.nanmean(list(runs[name].values())):.3f}" if difference is None else str(difference)
+    difference = iou_difference(runs, name, rival_of(name))
+    if name == rival_of(name):
+        return f"{np.nanmean(list(runs[name].values())):.3f}"
+    return "-" if difference is None else str(difference)
 
 
 def readers_table(measured: Measured, runs: dict[str, dict[int, np.ndarray]]) -> str:
@@ -303,8 +305,8 @@ def trained_note(path: Path) -> str:
         return ""
     runs = json.loads(path.read_text(encoding="utf-8"))["readers"].values()
     backbones = sorted({run["checkpoint"]["backbone"][:12] for run in runs})
-    steps = sorted({str(run["steps"]) for run in runs})
-    return f"\n\nBackbone of the checkpoint with sha256 {', '.join(backbones)}...; {', '.join(steps)} steps."
+    steps = ", ".join(str(steps) for steps in sorted({run["steps"] for run in runs}))
+    return f"\n\nBackbone of the checkpoint with sha256 {', '.join(backbones)}...; {steps} steps."
 
 
 def _iou_cells(runs: dict[str, dict[int, np.ndarray]], variant: str) -> list[str]:

@@ -112,6 +112,7 @@ def _sections(args: argparse.Namespace) -> list[str]:
 def _endure(bench: Bench, frames: int, facts: dict[str, object], output: Path | None) -> None:
     from dmv_fast.evaluation import speed_report
     from dmv_fast.evaluation.endurance import endure
+    from dmv_fast.files import write_text
     from dmv_fast.model.memory import MemoryPolicy
 
     # Every 30th frame is remembered whatever it scores, so that the memory fills and then drops its oldest.
@@ -122,7 +123,7 @@ def _endure(bench: Bench, frames: int, facts: dict[str, object], output: Path | 
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         found.write(output / "endurance.csv")
-        speed_report.write_text(output / "endurance.txt", line + "\n")
+        write_text(output / "endurance.txt", line + "\n")
         if not bench.rows:
             speed_report.write_machine(facts, output / "endurance.json")
 

@@ -75,6 +75,6 @@ def _write(out: Path, sheet: np.ndarray) -> None:
     import cv2
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_when_complete(out) as partial:
+    with replaced_when_complete(out, keep_suffix=True) as partial:
         if not cv2.imwrite(str(partial), sheet):
             raise OSError(f"out: cannot write {out}")

@@ -234,7 +234,8 @@ def _open_sinks(
     from dmv_fast.vision.video import VideoWriter
 
     def under(target: str) -> Path:
-        return outputs.enter_context(replaced_when_complete(target, keep_interrupted=True))
+        whole = replaced_when_complete(check_target(target), keep_suffix=True, keep_interrupted=True)
+        return outputs.enter_context(whole)
 
     if args.output:
         video = outputs.enter_context(VideoWriter(args.output, source.fps))

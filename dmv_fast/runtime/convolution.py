@@ -119,7 +119,7 @@ class Convolution:
 
     def _amx(self, x: Tensor, onto: Tensor | None) -> Tensor:
         (padding, _), (stride, _), (dilation, _), groups = self._geometry
-        out, add = self._room(x) if onto is None else onto.contiguous(), onto is not None
+        out, add = self._out(x, onto), onto is not None
         geometry = (self._kernel, stride, padding, dilation, groups)
         torch.ops.dmv_fast.convolve_cpu.default(
             x.contiguous(), self._weight, self._scale, self._wide_bias, out, add, self._relu or add, *geometry
@@ -128,7 +128,7 @@ class Convolution:
 
     def _winograd(self, x: Tensor, onto: Tensor | None) -> Tensor:
         (padding, _), (stride, _), (dilation, _), groups = self._geometry
-        out, add = self._room(x) if onto is None else onto.contiguous(), onto is not None
+        out, add = self._out(x, onto), onto is not None
         geometry = (stride, padding, dilation, groups)
         torch.ops.dmv_fast.convolve_winograd_cpu.default(
             x.contiguous(), self._weight, self._wide_bias, out, add, self._relu or add, *geometry
@@ -137,14 +137,16 @@ class Convolution:
 
     def _pointwise(self, x: Tensor, onto: Tensor | None) -> Tensor:
         stride = self._geometry[1][0]
-        out, add = self._room(x) if onto is None else onto.contiguous(), onto is not None
+        out, add = self._out(x, onto), onto is not None
         torch.ops.dmv_fast.convolve_pointwise_cpu.default(
             x.contiguous(), self._weight, self._wide_bias, out, add, self._relu or add, stride
         )
         return out
 
-    def _room(self, x: Tensor) -> Tensor:
-        """For the result; its size is found out once for each of x, not 27 times a frame."""
+    def _out(self, x: Tensor, onto: Tensor | None) -> Tensor:
+        """Where the result goes; its size is found out once for each of x, not 27 times a frame."""
+        if onto is not None:
+            return onto.contiguous()
         size = self._sizes.get(x.shape)
         if size is None:
             (padding, _), (stride, _), (dilation, _), _ = self._geometry

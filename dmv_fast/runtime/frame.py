@@ -54,6 +54,7 @@ class FrameStep:
         config = network.model.config
         window = cosine_window(len(config.anchor_ratios), config.grid, device=network.device)
         self._window = window.contiguous()  # (A, H, W)
+        self._anchors = network.model.anchors.contiguous()  # (A, H, W, 4)
         self._choose = choose_reference if isinstance(network, PlainNetwork) else choose
         self.seen: Seen | None = None  # by the last step
 
@@ -116,8 +117,7 @@ class FrameStep:
 
     def choose(self, maps: Tensor, prediction: Prediction, sizes: Tensor) -> Tensor:
         """Each place's best box and its score, (n, 5) on the device; what was seen is kept for `write`."""
-        anchors = self.network.model.anchors
-        chosen, scores = self._choose(prediction, anchors, self._window, sizes, self.pick)
+        chosen, scores = self._choose(prediction, self._anchors, self._window, sizes, self.pick)
         self.seen = Seen(maps, scores, prediction.deltas)
         return chosen
 

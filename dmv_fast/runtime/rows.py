@@ -15,7 +15,7 @@ _EPSILON = 1e-6  # Backbone.tail's
 def join(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor, *, unit_scale: bool) -> None:
     """[left, right] + bias, at unit mean square where unit_scale says so, into out: the end of the backbone.
 
-    left, right (B, H, W, D / 2); bias (D,) float32 or None; out (B, H, W, D), rows of any stride.
+    left, right (B, H, W, D / 2); bias (D,) float32 or None; out (B, H, W, D), rows evenly spaced.
     """
     if hardware.triton_runs(out.device):
         from dmv_fast.kernels.rows import join as join_triton

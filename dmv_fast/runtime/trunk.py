@@ -78,7 +78,7 @@ class Trunk:
         self._unit_scale = backbone.unit_scale
 
     def __call__(self, crops: Tensor, out: Tensor) -> None:
-        """Features of crops (B, 256, 256, 3) uint8 BGR into out (B, H, W, D), rows of any stride."""
+        """Features of crops (B, 256, 256, 3) uint8 BGR into out (B, H, W, D), rows evenly spaced."""
         parts = [self._layer3(part) for part in crops.split(self._together or len(crops))]
         x = parts[0] if len(parts) == 1 else torch.cat(parts)
         left = run_chain(self._necks[0], x)

@@ -112,6 +112,9 @@ class TrainingRun:
         if recipe.batch % self.world:
             raise ValueError(f"recipe: batch is {recipe.batch}; it must divide over {self.world} processes")
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            for left in self.out.glob(".*.part"):  # by a run that was killed while it wrote: 200 MB each
+                left.unlink()
         _seed(recipe.seed)
         model = DMV(recipe.model)
         if recipe.pretrained is not None:

@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 
 class FrameOutcome(NamedTuple):
-    """The same of one frame, a sample each. All (B,)."""
+    """What a batch's frames of one time are, each weighing as much. All (B,)."""
 
     loss: Tensor
     centre: Tensor
@@ -149,7 +149,7 @@ def over_time(outcomes: list[FrameOutcome], boxes: Tensor) -> Outcome:
     total, centre, box, iou, score = (torch.stack(column) for column in zip(*outcomes, strict=True))
     N = len(outcomes) + 1
     # Section 3.4: the further from the first frame, the more a loss weighs; the mean weight is 1.
-    weight = 2 / N * torch.arange(1, N, device=total.device)[:, None]
+    weight = torch.tensor([2 * t / N for t in range(1, N)], device=total.device)[:, None]
     present = boxes[:, 1:].isfinite().all(-1).T  # (N - 1, B)
     return Outcome(
         (total * weight).mean(), centre.mean().detach(), box.mean().detach(), _mean(iou, present),

@@ -196,7 +196,7 @@ class VideoWriter:
         self._path = check_target(path)
         if self._path.suffix.lower() != ".mp4":
             raise VideoError(f"{self._path}: the name of a video to write must end in .mp4")
-        self._partial = partial_path(self._path)
+        self._partial = partial_path(self._path, keep_suffix=True)
         self._fps = _writable_fps(fps or 25.0)
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
@@ -239,7 +239,10 @@ class VideoWriter:
         if written != self._count:
             self.discard()
             raise VideoError(f"{self._path}: {written} of {self._count} frames were written (disk full?)")
-        os.replace(self._partial, self._path)
+        try:
+            os.replace(self._partial, self._path)
+        finally:
+            self._partial.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove what has been written; a former file of that name stays."""
