@@ -239,7 +239,7 @@ def test_smoothing_moves_the_size_part_of_the_way_around_the_same_centre():
 # ---- what stands in for the vote in the ablations (Table 1) ----------------------------------------------
 
 
-COMPARED = ({"reader": "mlp"}, {"reader": "softmax"}, {"score_use": "none"})
+COMPARED = ({"reader": "mlp"}, {"reader": "softmax"}, {"reader": "mean"}, {"score_use": "none"})
 
 
 @pytest.mark.parametrize("changed", COMPARED, ids=str)
@@ -268,6 +268,19 @@ def test_softmax_read_is_the_mean_by_scores():
     weight = weight / weight.sum(1, keepdim=True)  # eq. 1, its first column the null's
     expected = weight @ torch.cat([read.null_value[None], values[0]])
     assert torch.allclose(read(features, keys, values, 4)[0], expected, atol=1e-5)
+
+
+def test_the_mean_of_the_best_is_the_softmax_of_these():
+    torch.manual_seed(0)
+    best, whole = SoftmaxRead(5, "dot", best_only=True), SoftmaxRead(5, "dot")
+    whole.load_state_dict(best.state_dict())
+    features, keys, values = torch.randn(1, 3, 2, 2), torch.randn(1, 7, 3), torch.randn(1, 7, 5)
+    assert torch.equal(best(features, keys, values, 8), whole(features, keys, values, 8))
+    q = best.query(features)[0]
+    columns = torch.cat([torch.zeros(4, 1), q @ keys[0].T], 1)
+    scores, indices = columns.topk(3)
+    expected = (scores.softmax(-1)[..., None] * torch.cat([best.null_value[None], values[0]])[indices]).sum(1)
+    assert torch.allclose(best(features, keys, values, 3)[0], expected, atol=1e-5)
 
 
 def test_candidates_of_the_mlp_do_not_hear_each_other():

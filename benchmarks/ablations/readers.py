@@ -39,6 +39,7 @@ VARIANTS = {
     "vote": {},
     "mlp": {"reader": "mlp"},
     "softmax": {"reader": "softmax"},
+    "mean": {"reader": "mean"},
     "no-score": {"score_use": "none"},
 }
 """What differs from the checkpoint's configuration."""

@@ -23,6 +23,7 @@ READERS = {
     "vote": "vote, renormalised scores (ours)",
     "mlp": "top-k + MLP",
     "softmax": "softmax over all",
+    "mean": "mean of the K best (ours)",
     "no-score": "vote, no scores (the paper's words)",
 }
 

@@ -39,13 +39,14 @@ class DMVConfig:
     """Height over width of the A anchors of a location."""
     anchor_side: float = 64.0
     reader: str = "vote"
-    """Or "mlp" (top-k + MLP) or "softmax", for the paper's Table 1; the fast path knows "vote" alone."""
+    """Or, to compare with (the paper's Table 1): "mlp" (top-k + MLP), "softmax", "mean" (softmax of the K best).
+    The fast path knows "vote" alone."""
     score_use: str = "renormalised"
     """Or "none", the paper's: candidates do not carry their score (see MemoryRead; fast path: not known)."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("reader", ("vote", "mlp", "softmax")),
+            ("reader", ("vote", "mlp", "softmax", "mean")),
             ("score_use", ("renormalised", "none")),
         ):
             if getattr(self, name) not in allowed:
@@ -129,8 +130,8 @@ class DMV(nn.Module):
 
 def _read(config: DMVConfig) -> MemoryRead | SoftmaxRead:
     """The memory read that a configuration asks for."""
-    if config.reader == "softmax":
-        return SoftmaxRead(config.value_dim, config.similarity)
+    if config.reader in ("softmax", "mean"):
+        return SoftmaxRead(config.value_dim, config.similarity, best_only=config.reader == "mean")
     return MemoryRead(
         config.key_dim, config.value_dim, config.vote_dim, config.heads, config.similarity,
         voting=CandidateMlp if config.reader == "mlp" else VotingNet, score_use=config.score_use,

@@ -84,8 +84,13 @@ class MemoryRead(Similarity):
 class SoftmaxRead(Similarity):
     """The space-time memory network's read (Table 1, "Softmax"): the mean of all values by their scores.
 
-    No candidates and no vote: k and backend are accepted, as MemoryRead has them, and mean nothing.
+    No vote. best_only: of the K best columns alone, the null column one of them, as a vote has them; else k is
+    accepted, as MemoryRead has it, and means nothing. So does backend.
     """
+
+    def __init__(self, value_dim: int, similarity: str = "cosine", *, best_only: bool = False):
+        super().__init__(value_dim, similarity)
+        self.best_only = best_only
 
     def forward(
         self, features: Tensor, keys: Tensor, values: Tensor, k: int, *,
@@ -101,6 +106,10 @@ class SoftmaxRead(Similarity):
                 absent = torch.arange(keys.shape[1], device=keys.device) >= valid[:, None, None]
                 logits = logits.masked_fill(absent, -torch.inf)
                 values = values.masked_fill(absent.mT, 0.0)
-            weights = F.pad(logits, (1, 0)).softmax(-1)  # the null column leads, its logit is 0
+            logits = F.pad(logits, (1, 0))  # the null column leads, its logit is 0
+            if self.best_only:
+                least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+                logits = logits.masked_fill(logits < least, -torch.inf)
+            weights = logits.softmax(-1)
             rows = weights[..., 1:].to(values.dtype) @ values
             return rows + (weights[..., :1] * self.null_value).to(values.dtype)
