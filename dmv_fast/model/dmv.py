@@ -39,7 +39,7 @@ class DMVConfig:
     """Height over width of the A anchors of a location."""
     anchor_side: float = 64.0
     reader: str = "vote"
-    """Or, to compare with (the paper's Table 1): "mlp" (top-k + MLP), "softmax", "mean" (softmax of the K best).
+    """Or, to compare with (Table 1): "mlp" (top-k + MLP), "softmax", or "mean" (softmax of the K best alone).
     The fast path knows "vote" alone."""
     score_use: str = "renormalised"
     """Or "none", the paper's: candidates do not carry their score (see MemoryRead; fast path: not known)."""

@@ -84,8 +84,8 @@ class MemoryRead(Similarity):
 class SoftmaxRead(Similarity):
     """The space-time memory network's read (Table 1, "Softmax"): the mean of all values by their scores.
 
-    No vote. best_only: of the K best columns alone, the null column one of them, as a vote has them; else k is
-    accepted, as MemoryRead has it, and means nothing. So does backend.
+    No vote. best_only: of the K best columns alone, the null column one of them, as a vote has them; else k
+    is accepted, as MemoryRead has it, and means nothing. So does backend.
     """
 
     def __init__(self, value_dim: int, similarity: str = "cosine", *, best_only: bool = False):
