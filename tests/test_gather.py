@@ -108,6 +108,33 @@ def test_gradient(backend):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_gradient_that_lies_across():
+    """What a map (B, C, H, W) made of the rows gives back: its channels do not lie side by side."""
+    *tensors, indices, scores = candidates()
+    weight = torch.randn(2, 40, 9)
+
+    def gradients(function):
+        leaves = [t.detach().clone().requires_grad_() for t in (*tensors, scores)]
+        rows = function(ops.gather_candidates(*leaves[:3], indices, leaves[3]))
+        (rows.mean(2).mT.contiguous() * weight).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    for got, want in zip(gradients(lambda rows: rows), gradients(InRows.apply), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+class InRows(torch.autograd.Function):
+    """Nothing, but that the gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_opcheck_and_compile(backend):
     device = device_of(backend)

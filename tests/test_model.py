@@ -239,7 +239,7 @@ def test_smoothing_moves_the_size_part_of_the_way_around_the_same_centre():
 # ---- what stands in for the vote in the ablations (Table 1) ----------------------------------------------
 
 
-COMPARED = ({"reader": "mlp"}, {"reader": "softmax"}, {"reader": "mean"}, {"score_use": "none"})
+COMPARED = (*({"reader": name} for name in ("mlp", "softmax", "mean", "vote+mean")), {"score_use": "none"})
 
 
 @pytest.mark.parametrize("changed", COMPARED, ids=str)
@@ -281,6 +281,18 @@ def test_the_mean_of_the_best_is_the_softmax_of_these():
     scores, indices = columns.topk(3)
     expected = (scores.softmax(-1)[..., None] * torch.cat([best.null_value[None], values[0]])[indices]).sum(1)
     assert torch.allclose(best(features, keys, values, 3)[0], expected, atol=1e-5)
+
+
+def test_vote_and_mean_are_added():
+    torch.manual_seed(0)
+    model = DMV(DMVConfig(reader="vote+mean")).eval().requires_grad_(False)
+    read, mean = model.read, SoftmaxRead(256, best_only=True)
+    vote = DMV(DMVConfig()).eval().requires_grad_(False).read
+    vote.load_state_dict(read.state_dict())
+    mean.load_state_dict({name: read.state_dict()[name] for name in mean.state_dict()})
+    features, keys = torch.randn(2, 256, 4, 4), torch.nn.functional.normalize(torch.randn(2, 40, 256), dim=-1)
+    given = features, keys, torch.randn(2, 40, 256), 4
+    torch.testing.assert_close(read(*given), vote(*given) + mean(*given), atol=1e-4, rtol=1e-4)
 
 
 def test_candidates_of_the_mlp_do_not_hear_each_other():

@@ -40,6 +40,7 @@ VARIANTS = {
     "mlp": {"reader": "mlp"},
     "softmax": {"reader": "softmax"},
     "mean": {"reader": "mean"},
+    "vote-mean": {"reader": "vote+mean"},
     "no-score": {"score_use": "none"},
 }
 """What differs from the checkpoint's configuration."""

@@ -24,6 +24,7 @@ READERS = {
     "mlp": "top-k + MLP",
     "softmax": "softmax over all",
     "mean": "mean of the K best (ours)",
+    "vote-mean": "vote, and that mean added (ours)",
     "no-score": "vote, no scores (the paper's words)",
 }
 

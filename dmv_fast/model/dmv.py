@@ -39,14 +39,14 @@ class DMVConfig:
     """Height over width of the A anchors of a location."""
     anchor_side: float = 64.0
     reader: str = "vote"
-    """Or, to compare with (Table 1): "mlp" (top-k + MLP), "softmax", or "mean" (softmax of the K best alone).
-    The fast path knows "vote" alone."""
+    """Or, to compare with (Table 1): "mlp" (top-k + MLP), "softmax", "mean" (softmax of the K best alone),
+    "vote+mean" (both, added). The fast path knows "vote" alone."""
     score_use: str = "renormalised"
     """Or "none", the paper's: candidates do not carry their score (see MemoryRead; fast path: not known)."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("reader", ("vote", "mlp", "softmax", "mean")),
+            ("reader", ("vote", "mlp", "softmax", "mean", "vote+mean")),
             ("score_use", ("renormalised", "none")),
         ):
             if getattr(self, name) not in allowed:
@@ -135,4 +135,5 @@ def _read(config: DMVConfig) -> MemoryRead | SoftmaxRead:
     return MemoryRead(
         config.key_dim, config.value_dim, config.vote_dim, config.heads, config.similarity,
         voting=CandidateMlp if config.reader == "mlp" else VotingNet, score_use=config.score_use,
+        mean_beside=config.reader == "vote+mean",
     )  # fmt: skip

@@ -51,14 +51,17 @@ class MemoryRead(Similarity):
     The K best columns' values go to the voting network, or for comparison (Table 1) to an MLP that sees each
     by itself. score_use "renormalised" (ours): each value is weighted by its score renormalised over the K,
     the only way for a gradient to reach the similarity; "none": the values as they are, as in the paper.
+    mean_beside (ours, not in the shipped checkpoints): the candidates' mean by their scores is added to what
+    they vote for, so that a vote has to learn only what it knows better (docs/ablations.md).
     """
 
     def __init__(
         self, key_dim: int, value_dim: int, vote_dim: int, heads: int, similarity: str = "cosine", *,
         voting: type[VotingNet] | type[CandidateMlp] = VotingNet, score_use: str = "renormalised",
+        mean_beside: bool = False,
     ):  # fmt: skip
         super().__init__(value_dim, similarity)
-        self.score_use = score_use
+        self.score_use, self.mean_beside = score_use, mean_beside
         self.voting = voting(key_dim, value_dim, vote_dim, heads)
 
     def forward(
@@ -78,7 +81,12 @@ class MemoryRead(Similarity):
             rows = ops.gather_candidates(  # (B, M, K, C)
                 projected, null, query_part, indices, scores, backend=backend
             )
-        return vote(rows)
+            weighted = None
+            if self.mean_beside:
+                nothing = values.new_zeros(*indices.shape[:2], values.shape[-1])
+                null = self.null_value.to(values.dtype)
+                weighted = ops.gather_candidates(values, null, nothing, indices, scores, backend=backend)
+        return vote(rows) if weighted is None else vote(rows) + weighted.mean(2)
 
 
 class SoftmaxRead(Similarity):

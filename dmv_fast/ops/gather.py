@@ -76,7 +76,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     is_null = indices < 0
     null_row = B * N  # one row more than there are values
     rows = key_rows(indices, N).masked_fill(is_null, null_row).flatten()
-    weighted = ((scores * scale).unsqueeze(-1) * grad).view(-1, C)
+    weighted = ((scores * scale).unsqueeze(-1) * grad).reshape(-1, C)
     grad_table = grad.new_zeros(null_row + 1, C).index_add_(0, rows, weighted)
     grad_values = grad_table[:-1].view(values.shape).to(values.dtype)
     grad_null = grad_table[-1].to(null_value.dtype)

@@ -93,9 +93,9 @@ def _backward(ctx, grad_scores: Tensor, _grad_indices) -> tuple[Tensor | None, .
     grad = scores * (grad_scores - (grad_scores * scores).sum(-1, keepdim=True))
     grad = grad.masked_fill(indices < 0, 0.0)  # (B, M, K); the null logit is the constant 0
     rows = key_rows(indices, N)
-    bags = (rows.view(-1, rows.shape[-1]), keys.reshape(-1, D).float())
+    bags = (rows.reshape(-1, rows.shape[-1]), keys.reshape(-1, D).float())
     grad_query = torch.nn.functional.embedding_bag(*bags, mode="sum", per_sample_weights=grad.flatten(0, 1))
-    spread = (grad.unsqueeze(-1) * query.float().unsqueeze(2)).view(-1, D)
+    spread = (grad.unsqueeze(-1) * query.float().unsqueeze(2)).reshape(-1, D)
     grad_keys = spread.new_zeros(B * N, D).index_add_(0, rows.flatten(), spread)
     grad_query, grad_keys = grad_query.view(query.shape), grad_keys.view(keys.shape)
     return grad_query.to(query.dtype), grad_keys.to(keys.dtype), None, None, None
