@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -270,6 +271,19 @@ def test_the_page_has_every_place():
     places = "claims readers remembered memory candidates capacity background terms checkpoints"
     for name in places.split():
         report.replace_between(page, name, "")
+
+
+def test_the_page_says_what_the_figures_say(tmp_path, monkeypatch):
+    """But for the frame rates, which `make bench` measures anew."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("benchmarks.ablations.plots.write_all", lambda *_: None)
+    results = tmp_path / "results" / "ablations"
+    shutil.copytree(ROOT / "benchmarks" / "results" / "ablations", results)
+    pages = [ROOT / "docs" / "ablations.md", tmp_path / "page.md"]
+    shutil.copy(*pages)
+    report.write_report(results, pages[1])
+    said, found = (report.replace_between(p.read_text(encoding="utf-8"), "candidates", "") for p in pages)
+    assert found == said
 
 
 def test_report_from_figures(tmp_path):

@@ -41,10 +41,11 @@ VARIANTS = {
     "softmax": {"reader": "softmax"},
     "mean": {"reader": "mean"},
     "vote-mean": {"reader": "vote+mean"},
+    "wide": {"vote_dim": 256},
     "no-score": {"score_use": "none"},
 }
 """What differs from the checkpoint's configuration."""
-HELD_OUT = 160  # samples
+HELD_OUT = 320  # samples
 RECIPE = Recipe(
     steps=500, batch=8, frames=(2, 3), write_truth=0.25, write_wrong=0.1,
     learning_rate=1e-3, weight_decay=0.02, clip_norm=2.0,
