@@ -187,17 +187,18 @@ def features_of(folder: Path, rows: int, seed: int) -> readers.Features:
     return features
 
 
-def test_a_reader_is_trained_on_the_frozen_backbone(weights, tmp_path):
+@pytest.mark.parametrize("variant, reader", [("mlp", "mlp"), ("vote-mean", "vote+mean")])
+def test_a_reader_is_trained_on_the_frozen_backbone(weights, tmp_path, variant, reader):
     train_on, held_out = features_of(tmp_path / "a", 8, 0), features_of(tmp_path / "b", 3, 1)
 
     def train() -> Path:
         return readers.train(
-            weights, tmp_path, train_on=train_on, held_out=held_out, variant="mlp", seed=5, steps=2
+            weights, tmp_path, train_on=train_on, held_out=held_out, variant=variant, seed=5, steps=2
         )
 
     folder = train()
     model, start = load_model(folder / "model.safetensors"), load_model(weights)
-    assert model.config == dataclasses.replace(start.config, reader="mlp")
+    assert model.config == dataclasses.replace(start.config, reader=reader)
     for name, tensor in start.backbone.state_dict().items():
         last = name.startswith(("neck3.6", "neck4.6"))
         assert torch.equal(model.backbone.state_dict()[name], tensor) != last, name

@@ -356,13 +356,16 @@ def test_the_paper_recipe_is_the_papers():
     assert [source.kind for source in recipe.sources] == ["got10k", "lasot", "trackingnet"]
 
 
-def test_start_from_goes_on_from_those_weights_on_either_grid(data, tmp_path):
+@pytest.mark.parametrize("changed", ["grid: 32", "reader: vote+mean"])
+def test_start_from_goes_on_from_those_weights(data, tmp_path, changed):
+    """On either grid, and with a mean beside the vote: these have no weights of their own."""
     start = tmp_path / "start.safetensors"
     save_model(DMV(DMVConfig(key_dim=64, value_dim=32, vote_dim=16, heads=2)), start)
-    text = TINY.format(steps=1).replace("heads: 2", "heads: 2, grid: 32") + f"start_from: {start}\n"
+    text = TINY.format(steps=1).replace("heads: 2", f"heads: 2, {changed}") + f"start_from: {start}\n"
     recipe = write_recipe(tmp_path / "s.yaml", text)
     run = TrainingRun(load_recipe(recipe), recipe, data, tmp_path / "x", torch.device("cpu"), None)
-    assert run.model.config.grid == 32
+    name, value = changed.split(": ")
+    assert str(getattr(run.model.config, name)) == value
     for name, tensor in load_model(start).state_dict().items():
         assert torch.equal(run.model.state_dict()[name], tensor), name
 

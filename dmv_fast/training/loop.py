@@ -381,8 +381,11 @@ def _beside(name: str, recipe_path: Path, data: Path) -> Path:
 
 def _start_from(model: DMV, name: str) -> None:
     start = load_model(name)
-    ours = model.config  # K and the grid have no weights of their own
-    if replace(start.config, candidates=ours.candidates, grid=ours.grid) != ours:
+    ours = model.config  # K, the grid and a mean beside the vote have no weights of their own
+    theirs = replace(start.config, candidates=ours.candidates, grid=ours.grid)
+    if {theirs.reader, ours.reader} == {"vote", "vote+mean"}:
+        theirs = replace(theirs, reader=ours.reader)
+    if theirs != ours:
         raise ValueError(f"recipe: model is {model.config}; start_from {name} is {start.config}")
     model.load_state_dict(start.state_dict())
 
