@@ -227,7 +227,7 @@ def save_run(out: Path, sequence: Sequence, run: Run, settings: dict[str, object
     """Predictions and times in got10k's layout, scores; last of all the record that says it is done."""
     boxes, times, scores, record = _paths(out, sequence.name)
     write_text(boxes, format_boxes(run.boxes))
-    write_text(times, "".join(f"{v:.8f}\n" for v in run.seconds))
+    write_text(times, "".join(f"{v:.9f}\n" for v in run.seconds))
     pairs = zip(run.scores, run.found, strict=True)
     write_text(scores, "".join(f"{score:.6f},{found:d}\n" for score, found in pairs))
     content = {"settings": settings, "annotation": _fingerprint(sequence), "wall_seconds": run.wall}
