@@ -38,7 +38,12 @@ def title_of(name: str) -> str:
 
 def rival_of(name: str) -> str:
     """The vote that was trained as long."""
-    return "-".join(filter(None, ("vote", _parts(name)[1])))
+    return _trained("vote", _parts(name)[1])
+
+
+def _trained(variant: str, steps: str) -> str:
+    """The name of what `_parts` gives."""
+    return f"{variant}-{steps}" if steps else variant
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -284,9 +289,9 @@ def remembered_table(by_frames: dict[int, dict[str, dict[int, np.ndarray]]]) -> 
 
 
 def _remembered_cell(runs: dict[str, dict[int, np.ndarray]], name: str) -> str:
-    difference = iou_difference(runs, name, rival_of(name))
     if name == rival_of(name):
         return f"{np.nanmean(list(runs[name].values())):.3f}"
+    difference = iou_difference(runs, name, rival_of(name))
     return "-" if difference is None else str(difference)
 
 
@@ -382,7 +387,7 @@ def claims_table(measured: Measured, runs: dict) -> str:
         ("vote-mean", "vote", "the mean added beats the vote alone (ours)", "not tried"),
     ):
         for steps in sorted({_parts(name)[1] for name in runs}):
-            names = [f"{name}-{steps}" if steps else name for name in (one, other)]
+            names = [_trained(variant, steps) for variant in (one, other)]
             figures = {"held-out IoU": iou_difference(runs, *names)}
             figures |= {f"{d} AUC": tracked_difference(measured, runs, *names, d) for d in SETS}
             words = f"{text}, {int(steps):,} steps" if steps else text
