@@ -13,6 +13,12 @@
 namespace dmv_fast {
 namespace {
 
+#ifdef DMV_AMX_EMULATED  // tests/amx_emulation
+constexpr bool kAmxEmulated = true;
+#else
+constexpr bool kAmxEmulated = false;
+#endif
+
 // Linux hands the 8 KB of tile registers only to a process that asks; the answer holds for all its threads.
 bool amx_granted() {
 #if defined(DMV_X86) && defined(__linux__)
@@ -25,10 +31,11 @@ bool amx_granted() {
 }
 
 #ifdef DMV_X86
-bool has_amx_bf16() {
+bool has_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
   unsigned eax = 7, ebx, ecx = 0, edx;  // leaf 7: the compiler's own list does not know the tiles before GCC 13
   __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  return (edx >> 22 & 1) && (edx >> 24 & 1);
+  return (~edx & (kBf16 | kTile | kInt8)) == 0;
 }
 
 bool has_avx2() {
@@ -46,7 +53,7 @@ bool detect(Isa isa) {
 #ifdef DMV_X86
   __builtin_cpu_init();
   switch (isa) {
-    case Isa::amx: return detect(Isa::avx512_bf16) && has_amx_bf16() && amx_granted();
+    case Isa::amx: return detect(Isa::avx512_bf16) && (kAmxEmulated || (has_amx() && amx_granted()));
     case Isa::avx512_bf16: return has_avx512() && __builtin_cpu_supports("avx512bf16");
     case Isa::avx512: return has_avx512();
     case Isa::avx2: return has_avx2();

@@ -1,16 +1,18 @@
-// Retrieval for AMX: bfloat16 tiles of 16 keys x 16 queries. The keys are the left operand, whose rows a tile load
-// takes straight from the memory bank; only the queries, which are few, are packed into pairs.
+// Retrieval for AMX: tiles of 16 keys x 16 queries, of bfloat16, or of bytes that screen float32 keys. The keys are the
+// left operand, whose rows a tile load takes straight from the memory bank; only the queries, which are few, are packed.
 #include "retrieve_cpu.h"
 
 #ifdef DMV_X86
 #include <immintrin.h>
 
-DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,popcnt,amx-tile,amx-bf16")
+DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,popcnt,avx512vnni,amx-tile,amx-bf16,amx-int8")
 #include "amx_tiles.h"
 #include "lanes_avx512.h"
 #include "numbers.h"
 #include "topk.h"
 #include "retrieve_loop.h"
+#include "product_float32.h"
+#include "screen_int8.h"
 
 namespace dmv_fast {
 namespace {
@@ -43,43 +45,50 @@ struct ProductAmx {
   }
 };
 
-// Numbers in two parts, whose sum is meant: three of their four products, which share their tiles. Queries are rows of
-// first parts, then of second ones; keys are tiles already: of 16 keys [depth / 32][2 parts][16][32] (pack_keys in
-// dmv_fast/ops/packed.py), which takes a fifth less time than rows far apart do.
-struct ProductAmxSplit : ProductAmx {
-  static constexpr int64_t kDepthStep = 64;
+// Products of bytes, as keys and queries lie for them: a tile of keys is 64 numbers of 16, a tile of queries 16 times
+// four numbers of 16.
+struct ProductInt8Tiles : ProductInt8 {
+  static void begin() { begin_tiles(); }
+  static void end() { end_tiles(); }
 
   template <class Between>
   static void block(
-      const uint16_t* keys, int64_t stride, const uint16_t* queries, int64_t depth, float* logits, Between&& between) {
-    constexpr int kTileNumbers = 16 * 32;
-    const int steps = static_cast<int>(depth / kDepthStep);
-    const uint16_t* const second_queries = queries + depth / 2 * kTile;
+      const float* rows, int64_t stride, const float* queries, int64_t depth, float* logits, Between&& between) {
+    constexpr int kDepth = 64;  // of a tile
+    if (depth % kDepth) return ProductInt8::block(rows, stride, queries, depth, logits, between);
+    for (int group = 0; group < kGroups; ++group) between(group);
+    const KeyBlock keys(rows, depth);
+    const QueryTile tile(const_cast<float*>(queries), depth);
     zero_sums();
-    for (int step = 0, group = 0, due = 0; step < steps; ++step, keys += 2 * kTileNumbers) {
-      const uint16_t* const query = queries + step * 32 * kTile;
-      const uint16_t* const second_query = second_queries + step * 32 * kTile;
-      _tile_loadd(4, keys + kTileNumbers, 64);
-      _tile_loadd(6, query, kTile * 4);
-      _tile_loadd(7, query + 32, kTile * 4);
-      _tile_loadd(5, keys + 16 * stride + kTileNumbers, 64);
-      add_products();
-      _tile_loadd(4, keys, 64);
-      _tile_loadd(5, keys + 16 * stride, 64);
-      add_products();
-      _tile_loadd(6, second_query, kTile * 4);
-      _tile_loadd(7, second_query + 32, kTile * 4);
-      add_products();
-      for (due += kGroups; due >= steps; due -= steps) between(group++);
+    for (int64_t d = 0; d < depth; d += kDepth) {
+      _tile_loadd(4, keys.bytes + d, depth);
+      _tile_loadd(6, tile.bytes + d * kTile, kTile * 4);
+      _tile_loadd(7, tile.bytes + d * kTile + 64, kTile * 4);
+      _tile_loadd(5, keys.bytes + 16 * depth + d, depth);
+      _tile_dpbsud(0, 4, 6);  // keys have a sign, queries have none
+      _tile_dpbsud(1, 4, 7);
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
     }
-    store_sums(logits, kTile);
+    store_sums(logits, kTile);  // whole numbers yet
+    const char* const ahead = reinterpret_cast<const char*>(rows + kAhead * kBlock * stride);
+    const __m512 scale[2] = {_mm512_loadu_ps(tile.scale), _mm512_loadu_ps(tile.scale + 16)};
+    for (int key = 0; key < kBlock; ++key) {
+      for (int64_t d = 0; d < depth; d += kDepth) __builtin_prefetch(ahead + key * depth + d, 0, 2);
+      float* const row = logits + key * kTile;
+      store_logits(keys, key, {_mm512_load_si512(row), _mm512_load_si512(row + 16)}, scale, row);
+    }
   }
 };
+template <>
+constexpr bool kWholeBlocks<ProductInt8Tiles> = true;
+template <>
+struct QueryPacking<ProductInt8Tiles> : QueryPacking<ProductInt8> {};
 
 }  // namespace
 
 RetrieveTiles amx_kernel() { return retrieve_tiles<ProductAmx, BFloat16>; }
-RetrieveTiles amx_split_kernel() { return retrieve_tiles<ProductAmxSplit, BFloat16>; }
+RetrieveTiles amx_screened_kernel() { return retrieve_tiles<ProductInt8Tiles, float, Int8Screen>; }
 
 }  // namespace dmv_fast
 DMV_TARGET_END

@@ -56,8 +56,8 @@ RetrieveTiles kernel_for(Isa isa, Dtype dtype) {
 }
 
 std::tuple<Tensor, Tensor> retrieve_by(
-    RetrieveTiles kernel, const Tensor& query, const Tensor& keys, int64_t k, const std::optional<Tensor>& valid,
-    int64_t most_depth, int64_t together, std::optional<int64_t> key_width = {}) {
+    RetrieveTiles kernel, const Tensor& query, const Tensor& keys, int64_t key_width, int64_t k,
+    const std::optional<Tensor>& valid) {
   STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query, keys: must be (B, M, D) and (B, N, D)");
   const int64_t batches = query.size(0);
   Retrieval call;
@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor> retrieve_by(
   call.depth = query.size(2);
   call.k = static_cast<int>(k);
   STD_TORCH_CHECK(
-      keys.size(0) == batches && keys.size(2) == key_width.value_or(call.depth), "keys: must be (B, N, D) as query says");
-  STD_TORCH_CHECK(call.depth >= 1 && call.depth <= most_depth, "query: its last dimension must be 1..", most_depth);
+      keys.size(0) == batches && keys.size(2) == key_width, "keys: must be (B, N, D) as query says");
+  STD_TORCH_CHECK(call.depth >= 1 && call.depth <= kMaxDepth, "query: its last dimension must be 1..", kMaxDepth);
   STD_TORCH_CHECK(k >= 1 && k <= kMaxK, "k: must be 1..32");
   STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "keys: its dtype must be query's");
   STD_TORCH_CHECK(
@@ -87,8 +87,7 @@ std::tuple<Tensor, Tensor> retrieve_by(
     call.valid = static_cast<const int32_t*>(valid->const_data_ptr());
     for (int64_t b = 0; b < batches; ++b)
       STD_TORCH_CHECK(
-          call.valid[b] >= 0 && call.valid[b] <= call.count && call.valid[b] % together == 0,
-          "valid: must lie in 0..N", together > 1 ? ", multiples of 32" : "");
+          call.valid[b] >= 0 && call.valid[b] <= call.count, "valid: must lie in 0..N");
   }
 
   Tensor scores = torch::stable::new_empty(query, {batches, call.queries, k}, ScalarType::Float);
@@ -117,46 +116,22 @@ std::tuple<Tensor, Tensor> retrieve_cpu(
     int64_t k,
     const std::optional<Tensor>& valid)  // [B] int32
 {
-  return retrieve_by(kernel_for(chosen_isa(), dtype_of(query)), query, keys, k, valid, kMaxDepth, 1);
-}
-
-RetrieveTiles split_kernel() {
-#ifdef DMV_X86
-  if (allowed(Isa::amx)) return amx_split_kernel();
-#endif
-  return nullptr;
+  STD_TORCH_CHECK(query.dim() == 3, "query: must be (B, M, D)");
+  return retrieve_by(kernel_for(chosen_isa(), dtype_of(query)), query, keys, query.size(2), k, valid);
 }
 
 RetrieveTiles screened_kernel() {
 #ifdef DMV_X86
   const Isa isa = chosen_isa();
+  if (isa == Isa::amx) return amx_screened_kernel();
   if ((isa == Isa::avx512 || isa == Isa::avx512_bf16) && has_vnni()) return avx512_vnni_screened_kernel();
 #endif
   return nullptr;
 }
 
-bool retrieve_split_cpu_runs() { return split_kernel() != nullptr; }
 bool retrieve_screened_cpu_runs() { return screened_kernel() != nullptr; }
 
-// Float32 numbers as two bfloat16 parts: queries side by side, keys in tiles, see dmv_fast/ops/packed.py.
-std::tuple<Tensor, Tensor> retrieve_split_cpu(
-    const Tensor& query,  // [B, M, 2 D] bfloat16, D a multiple of 32, else as above
-    const Tensor& keys,   // [B, N, 2 D], N a multiple of 32 and contiguous along it
-    int64_t k,
-    const std::optional<Tensor>& valid)  // [B] int32, multiples of 32
-{
-  const RetrieveTiles kernel = split_kernel();
-  STD_TORCH_CHECK(kernel, "retrieve_split_cpu: this processor has no AMX, or DMV_FAST_CPU_ISA names something else");
-  STD_TORCH_CHECK(
-      query.scalar_type() == ScalarType::BFloat16 && query.dim() == 3 && query.size(2) % 64 == 0,
-      "query: must be bfloat16 (B, M, 2 D), D a multiple of 32");
-  STD_TORCH_CHECK(
-      keys.dim() == 3 && keys.size(1) % 32 == 0 && keys.stride(1) == keys.size(2),
-      "keys: must be (B, N, 2 D), N a multiple of 32, without gaps between them");
-  return retrieve_by(kernel, query, keys, k, valid, 2 * kMaxDepth, 32);
-}
-
-// Float32 numbers with bytes before them, which tell which of them matter, see dmv_fast/ops/packed.py.
+// Float32 numbers with bytes before them, which tell which of them matter, see dmv_fast/ops/screened.py.
 std::tuple<Tensor, Tensor> retrieve_screened_cpu(
     const Tensor& query,                 // [B, M, D] float32, D a multiple of 32, rows contiguous
     const Tensor& keys,                  // [B, N, 5 D / 4 + 4], N a multiple of 32 and contiguous along it
@@ -165,15 +140,15 @@ std::tuple<Tensor, Tensor> retrieve_screened_cpu(
 {
   const RetrieveTiles kernel = screened_kernel();
   STD_TORCH_CHECK(
-      kernel, "retrieve_screened_cpu: AVX-512 with products of bytes is not this processor's fastest, or DMV_FAST_CPU_ISA"
-      " names another");
+      kernel, "retrieve_screened_cpu: this processor has no AVX-512 with products of bytes, or DMV_FAST_CPU_ISA names"
+      " something else");
   STD_TORCH_CHECK(
       query.scalar_type() == ScalarType::Float && query.dim() == 3 && query.size(2) % 32 == 0,
       "query: must be float32 (B, M, D), D a multiple of 32");
   STD_TORCH_CHECK(
       keys.dim() == 3 && keys.size(1) % 32 == 0 && keys.stride(1) == keys.size(2),
       "keys: must be (B, N, 5 D / 4 + 4), N a multiple of 32, without gaps between them");
-  return retrieve_by(kernel, query, keys, k, valid, kMaxDepth, 1, query.size(2) / 4 * 5 + 4);
+  return retrieve_by(kernel, query, keys, query.size(2) / 4 * 5 + 4, k, valid);
 }
 
 // What DMV_FAST_CPU_ISA may name on this machine, the fastest first.
@@ -190,21 +165,17 @@ std::string cpu_isas() {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
   library.def("retrieve_cpu(Tensor query, Tensor keys, int k, Tensor? valid) -> (Tensor, Tensor)");
-  library.def("retrieve_split_cpu(Tensor query, Tensor keys, int k, Tensor? valid) -> (Tensor, Tensor)");
   library.def("retrieve_screened_cpu(Tensor query, Tensor keys, int k, Tensor? valid) -> (Tensor, Tensor)");
-  library.def("retrieve_split_cpu_runs() -> bool");
   library.def("retrieve_screened_cpu_runs() -> bool");
   library.def("cpu_isas() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CPU, library) {
   library.impl("retrieve_cpu", TORCH_BOX(&dmv_fast::retrieve_cpu));
-  library.impl("retrieve_split_cpu", TORCH_BOX(&dmv_fast::retrieve_split_cpu));
   library.impl("retrieve_screened_cpu", TORCH_BOX(&dmv_fast::retrieve_screened_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dmv_fast, CompositeExplicitAutograd, library) {
-  library.impl("retrieve_split_cpu_runs", TORCH_BOX(&dmv_fast::retrieve_split_cpu_runs));
   library.impl("retrieve_screened_cpu_runs", TORCH_BOX(&dmv_fast::retrieve_screened_cpu_runs));
   library.impl("cpu_isas", TORCH_BOX(&dmv_fast::cpu_isas));
 }

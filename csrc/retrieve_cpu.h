@@ -36,8 +36,9 @@ RetrieveTiles avx2_kernel(Dtype dtype);
 RetrieveTiles avx512_kernel(Dtype dtype);
 RetrieveTiles avx512_bf16_kernel();  // bfloat16 only; the rest is avx512's
 RetrieveTiles amx_kernel();
-RetrieveTiles amx_split_kernel();             // of numbers in two parts, depth counting both; whole blocks of 32 keys
-RetrieveTiles avx512_vnni_screened_kernel();  // of float32 queries and of keys in bytes and in float32
+// Of float32 queries, and of keys in bytes and in float32.
+RetrieveTiles amx_screened_kernel();
+RetrieveTiles avx512_vnni_screened_kernel();
 
 // Cache-line aligned bytes, at most 4 MB a thread. Growing may fail; that throws std::bad_alloc.
 struct Scratch {

@@ -1,10 +1,11 @@
 // Float32 retrieval at a third of its price. Numbers are there twice, as they are and as whole numbers from -127 to 127 times
-// a scale of their row (dmv_fast/ops/packed.py). All keys are multiplied in bytes. That is off by at most
+// a scale of their row (dmv_fast/ops/screened.py). All keys are multiplied in bytes. That is off by at most
 //   |q.k - q8.k8| <= |q||k - k8| + |q - q8||k8|
 // (Cauchy-Schwarz), and how far each row is off, |k - k8|, is known. So a key whose q8.k8 lies more than that under the k-th
 // best logit so far is out; the others, few among thousands, are multiplied in float32, before anything is selected.
-// Wants product_float32.h before it, and the instructions of AVX512_VNNI: vpdpbusd adds four products of bytes without sign
-// and bytes with one, so a query's numbers are 128 larger than they are, and a key comes with 128 times the sum of its own.
+// Wants product_float32.h before it, and the instructions of AVX512_VNNI. They, and AMX's tiles (retrieve_amx.cpp), add
+// four products of bytes without sign and bytes with one, so a query's numbers are 128 larger than they are, and a key
+// comes with 128 times the sum of its own.
 #pragma once
 
 namespace dmv_fast {
@@ -68,15 +69,18 @@ struct ProductInt8 {
           sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], high, spread);
         }
       }
-      for (int r = 0; r < kRows; ++r) {
-        const __m512i shift = _mm512_set1_epi32(static_cast<int32_t>(block.shift[key + r]));
-        const __m512 of_key = _mm512_set1_ps(block.scale[key + r]);
-        for (int i = 0; i < 2; ++i) {
-          const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r][i], shift));
-          _mm512_store_ps(
-              logits + (key + r) * kTile + 16 * i, _mm512_mul_ps(whole, _mm512_mul_ps(of_key, scale[i])));
-        }
-      }
+      for (int r = 0; r < kRows; ++r) store_logits(block, key + r, sum[r], scale, logits + (key + r) * kTile);
+    }
+  }
+
+  // A key's sums of products, `scale` of the queries -> its logits.
+  static void store_logits(
+      const KeyBlock& block, int key, const __m512i (&sum)[2], const __m512 (&scale)[2], float* logits) {
+    const __m512i shift = _mm512_set1_epi32(static_cast<int32_t>(block.shift[key]));
+    const __m512 of_key = _mm512_set1_ps(block.scale[key]);
+    for (int i = 0; i < 2; ++i) {
+      const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[i], shift));
+      _mm512_store_ps(logits + 16 * i, _mm512_mul_ps(whole, _mm512_mul_ps(of_key, scale[i])));
     }
   }
 };

@@ -21,7 +21,7 @@ class MultiTracker(Cloneable):
     Args:
         weights, k, device, dtype, backend, config: as for FastDMVTracker.
         capacity: how many targets there may be at a time; the memory for all is allocated at once
-            (32 frames of DMV18: 5 MB a target in half precision, 11 in bfloat16x3, up to 38 in float32).
+            (32 frames of DMV18: 5 MB a target in half precision, 13 in bfloat16x3, up to 38 in float32).
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from benchmarks.ablations import background, readers, report, settings, track  #
 from benchmarks.ablations.networks import HalfPlain, WithoutBackground, inside_box  # noqa: E402
 from dmv_fast.evaluation import datasets  # noqa: E402
 from dmv_fast.model.dmv import DMV, DMVConfig  # noqa: E402
-from dmv_fast.ops.packed import unpack_keys  # noqa: E402
+from dmv_fast.ops.screened import unpack_keys  # noqa: E402
 from dmv_fast.runtime.load import load_network  # noqa: E402
 from dmv_fast.tracker import TrackerConfig  # noqa: E402
 from dmv_fast.weights import load_model, save_model  # noqa: E402

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from dmv_fast import FastDMVTracker
 from dmv_fast.model.dmv import DMV, DMVConfig
-from dmv_fast.ops.packed import pack_keys
+from dmv_fast.ops.screened import pack_keys
 from dmv_fast.runtime import convolution, load
 from dmv_fast.runtime.convolution import Convolution, amx_runs
 from dmv_fast.runtime.network import FastNetwork, PlainNetwork
+from dmv_fast.runtime.parts import bfloat16_parts
 from dmv_fast.runtime.pixels import PixelsAmx
 
 CPU = torch.device("cpu")
@@ -83,6 +84,12 @@ def test_equals_float64(geometry, products):
         torch.testing.assert_close(
             found.double(), expected, atol=tolerance * (1 if products > 1 else 0.1), rtol=tolerance
         )
+
+
+def test_two_parts_leave_a_hundred_thousandth():
+    x = torch.randn(3, 48, 64) * torch.logspace(-6, 6, 64)
+    assert ((bfloat16_parts(x).double().sum(0) - x).abs() <= 2**-17 * x.abs()).all()
+    assert bfloat16_parts(x.bfloat16().float())[1].count_nonzero() == 0
 
 
 @needs_amx
@@ -174,7 +181,7 @@ def test_the_network_of_three_products_is_nearly_the_float32_one():
         for dtype in (torch.bfloat16, torch.float32):
             fast = FastNetwork(model, dtype=dtype, device=CPU, backend="auto", split=dtype == torch.float32)
             maps = fast.look(crops)
-            stored = pack_keys(keys) if fast.key_width == 512 else keys.to(dtype)
+            stored = pack_keys(keys) if fast.key_dtype == torch.uint8 else keys.to(dtype)
             found = fast.predict(maps, stored, projected.to(dtype), 4, 704)
             errors.append((relative(maps[..., :256], seen), relative(found.deltas, expected.deltas)))
     assert errors[1][0] < 1e-4 and errors[1][1] < 2e-3

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from dmv_fast import ops
 from dmv_fast.model.dmv import DMV, DMVConfig
-from dmv_fast.ops.packed import bytes_before_blocks, retrieve_packed, screening_runs
+from dmv_fast.ops.screened import pack_keys, retrieve_screened, screening_runs, unpack_keys
 from dmv_fast.runtime.network import FastNetwork
 
 
-@pytest.fixture(autouse=True)
-def _seed_and_require(monkeypatch):
-    require("cpu:avx512")
-    monkeypatch.setenv("DMV_FAST_CPU_ISA", "avx512")
+@pytest.fixture(autouse=True, params=["avx512", "amx"])
+def _seed_and_require(monkeypatch, request):
+    require(f"cpu:{request.param}")
+    monkeypatch.setenv("DMV_FAST_CPU_ISA", request.param)
     if not screening_runs():
         pytest.skip("this processor has no AVX512_VNNI")
     torch.manual_seed(0)
@@ -31,8 +31,8 @@ def unit(*shape: int) -> Tensor:
 def retrieve(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
     """From any number of keys, in a memory of whole blocks; what follows them is no number."""
     count = keys.shape[1]
-    memory = bytes_before_blocks(F.pad(keys, (0, 0, 0, -count % 32), value=torch.nan))
-    return retrieve_packed(query, memory, k, valid=count if valid is None else valid)
+    memory = pack_keys(F.pad(keys, (0, 0, 0, -count % 32), value=torch.nan))
+    return retrieve_screened(query, memory, k, valid=count if valid is None else valid)
 
 
 def most_off(query: Tensor, keys: Tensor) -> Tensor:
@@ -60,6 +60,21 @@ def check(query: Tensor, keys: Tensor, k: int, valid: Tensor | int | None = None
     assert (factor.log().abs() <= bound + 1e-5).all() and (scores <= 1 + 1e-6).all()
     assert_exact(query, keys, k, (scores * factor).float(), indices, valid)
     return indices
+
+
+def test_bytes_leave_the_numbers_as_they_are():
+    x = torch.randn(3, 64, 96).mT
+    laid = pack_keys(x)
+    assert torch.equal(unpack_keys(laid), x)
+    assert laid.shape == (3, 96, 5 * 64 + 16)
+    whole = laid.view(torch.int8).flatten(1)[:, : 32 * 64].view(3, 32, 64)
+    numbers = laid.flatten(1)[:, 32 * 64 : 32 * 80].contiguous().view(torch.float32)
+    scale, sums, off, length = numbers.view(3, 4, 32).unbind(1)
+    rows = x[:, :32]
+    assert torch.equal(sums, 128.0 * whole.int().sum(-1))
+    assert ((whole * scale[..., None] - rows).abs() <= 0.501 * scale[..., None]).all()
+    assert ((whole * scale[..., None] - rows).norm(dim=-1) <= off * 1.00001).all()
+    assert (off < 0.02 * length).all() and torch.allclose(length, rows.norm(dim=-1))
 
 
 @pytest.mark.parametrize("k", [1, 4, 7, 32])
@@ -171,46 +186,66 @@ def test_same_bits_however_the_work_is_split():
     """Neither threads, nor the tiles of a call, nor what lies behind `valid` change a bit."""
     query, keys = 12 * unit(3, 200, 64), unit(3, 1312, 64)
     keys[1] = keys[1, :1] + 1e-4 * torch.randn(1312, 64)
-    laid = bytes_before_blocks(keys)
-    scores, indices = retrieve_packed(query, laid, 8)
-    for again in on_threads((1, 2, 5), lambda: retrieve_packed(query, laid, 8)):
+    laid = pack_keys(keys)
+    scores, indices = retrieve_screened(query, laid, 8)
+    for again in on_threads((1, 2, 5), lambda: retrieve_screened(query, laid, 8)):
         assert torch.equal(again[0], scores) and torch.equal(again[1], indices)
-    part = retrieve_packed(query[1:2, 64:96], laid[1:2], 8)
+    part = retrieve_screened(query[1:2, 64:96], laid[1:2], 8)
     assert torch.equal(part[0], scores[1:2, 64:96]) and torch.equal(part[1], indices[1:2, 64:96])
     bank = torch.full((3, 1696, laid.shape[2]), 255, dtype=torch.uint8)
     bank[:, :1312] = laid
     for limit in (1312, torch.full((3,), 1312, dtype=torch.int32)):
-        again = retrieve_packed(query, bank, 8, valid=limit)
+        again = retrieve_screened(query, bank, 8, valid=limit)
         assert torch.equal(again[0], scores) and torch.equal(again[1], indices)
 
 
+@pytest.mark.parametrize("depth", [64, 96, 256])
+def test_same_bits_by_every_instruction_set(monkeypatch, depth):
+    """Sums of bytes are whole numbers: it is all one how they are found."""
+    query, keys = 12 * unit(1, 70, depth), unit(1, 2000, depth)
+    answer = retrieve(query, keys, 4)
+    monkeypatch.setenv("DMV_FAST_CPU_ISA", "avx512")
+    assert all(torch.equal(a, b) for a, b in zip(retrieve(query, keys, 4), answer, strict=True))
+
+
+def test_a_memory_of_nothing():
+    query, keys = unit(2, 40, 64), pack_keys(unit(2, 64, 64))
+    for none in (0, torch.zeros(2, dtype=torch.int32)):
+        scores, indices = retrieve_screened(query, keys, 4, valid=none)
+        assert (indices == -1).all() and scores[..., 0].eq(1).all()
+    assert (retrieve_screened(query, keys[:, :0], 4)[1] == -1).all()
+
+
 def test_wrong_rows_are_refused():
-    query, keys = unit(1, 4, 64), bytes_before_blocks(unit(1, 64, 64))
+    query, keys = unit(1, 4, 64), pack_keys(unit(1, 64, 64))
     for bad in (query[..., :48], query[0]):
         with pytest.raises(RuntimeError, match="query: must be float32 .B, M, D., D a multiple of 32"):
-            retrieve_packed(bad, keys, 4)
+            retrieve_screened(bad, keys, 4)
     with pytest.raises(RuntimeError, match="keys: must be"):
-        retrieve_packed(query, keys[..., :64], 4)
+        retrieve_screened(query, keys[..., :64], 4)
     with pytest.raises(RuntimeError, match="keys: must be .* N a multiple of 32"):
-        retrieve_packed(query, keys[:, :40], 4)
+        retrieve_screened(query, keys[:, :40], 4)
     with pytest.raises(RuntimeError, match="valid: must lie in 0..N"):
-        retrieve_packed(query, keys, 4, valid=torch.tensor([65], dtype=torch.int32))
+        retrieve_screened(query, keys, 4, valid=torch.tensor([65], dtype=torch.int32))
     with pytest.raises(ValueError, match="keys: are torch.float32, they must be what pack_keys gives"):
-        retrieve_packed(query, unit(1, 64, 64), 4)
+        retrieve_screened(query, unit(1, 64, 64), 4)
     with pytest.raises(ValueError, match="rows: has shape .1, 33, 64., N must be a multiple of 32"):
-        bytes_before_blocks(unit(1, 33, 64))
-    with pytest.raises(ValueError, match="valid: is 65, it must be 0..64"):
-        retrieve_packed(query, keys, 4, valid=65)
+        pack_keys(unit(1, 33, 64))
+    for bad in (-1, 65):
+        with pytest.raises(ValueError, match=f"valid: is {bad}, it must be 0..64"):
+            retrieve_screened(query, keys, 4, valid=bad)
+    with pytest.raises(RuntimeError, match="valid: must be int32"):
+        retrieve_screened(query, keys, 4, valid=torch.tensor([32], dtype=torch.int32).expand(9))
     with pytest.raises(RuntimeError, match="k: must be 1..32"):
-        retrieve_packed(query, keys, 33)
+        retrieve_screened(query, keys, 33)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "generic"])
 def test_other_instruction_sets_have_none(monkeypatch, isa):
     monkeypatch.setenv("DMV_FAST_CPU_ISA", isa)
     assert not screening_runs()
-    with pytest.raises(RuntimeError, match="retrieve_screened_cpu: AVX-512 .* is not"):
-        retrieve_packed(unit(1, 1, 32), bytes_before_blocks(unit(1, 32, 32)), 1)
+    with pytest.raises(RuntimeError, match="retrieve_screened_cpu: this processor has no AVX-512"):
+        retrieve_screened(unit(1, 1, 32), pack_keys(unit(1, 32, 32)), 1)
 
 
 @pytest.fixture(scope="module")

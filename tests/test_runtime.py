@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.pick import PickConfig
-from dmv_fast.ops.packed import pack_keys, unpack_keys
+from dmv_fast.ops.screened import pack_keys, unpack_keys
 from dmv_fast.runtime import precision
 from dmv_fast.runtime.convolution import Convolution
 from dmv_fast.runtime.fold import fold_vote

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmv_fast.model.dmv import DMV, Prediction
-from dmv_fast.ops.packed import pack_keys, unpack_keys
+from dmv_fast.ops.screened import pack_keys, unpack_keys
 from dmv_fast.runtime.network import Network
 from dmv_fast.runtime.precision import fast_dtype
 from dmv_fast.runtime.trunk import Trunk

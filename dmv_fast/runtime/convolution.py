@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmv_fast.ops.backends import cpu_kernel_runs
-from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.fold import (
     THREE_TAP_POINTS,
@@ -23,6 +22,7 @@ from dmv_fast.runtime.fold import (
     scaled,
     weights_at_points,
 )
+from dmv_fast.runtime.parts import bfloat16_parts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on

@@ -12,7 +12,7 @@ from dmv_fast import ops
 from dmv_fast.model.dmv import DMV, Prediction
 from dmv_fast.model.head import BoxHead
 from dmv_fast.model.memory import ValueEncoder
-from dmv_fast.ops.packed import pack_keys, packed_width, retrieve_packed, screening_runs, tiles_run
+from dmv_fast.ops.screened import pack_keys, packed_width, retrieve_screened, screening_runs
 from dmv_fast.runtime.convolution import Convolution, Where, padding_of, run_chain
 from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.rows import Projection, with_length
@@ -83,8 +83,7 @@ class FastNetwork:
     the head reads both as one map.
 
     split: of float32, make large products of bfloat16 ones, of two parts of each number (see Convolution).
-    Keys are stored packed for the processor (ops.packed): with `split` where there is AMX, in any case where
-    products of bytes screen them.
+    Where products of bytes screen the keys, they are stored packed for that (ops.screened).
     """
 
     def __init__(
@@ -99,10 +98,13 @@ class FastNetwork:
             (dtype, device.type) == (torch.float32, "cpu")
             and backend in ("auto", "cpu")
             and model.config.key_dim % 32 == 0
-            and (split and tiles_run() or self._cosine and screening_runs())
+            and self._cosine
+            and screening_runs()
         )
         depth = model.config.key_dim
-        self.key_width, self.key_dtype = packed_width(depth) if self._pack_keys else (depth, dtype)
+        self.key_width, self.key_dtype = (
+            (packed_width(depth), torch.uint8) if self._pack_keys else (depth, dtype)
+        )
         self._trunk = Trunk(model.backbone, split=split, **where)
         self._vote = fused_vote(weights, split=split, backend=backend, **where)
         self.value_width = self._vote.width
@@ -135,7 +137,7 @@ class FastNetwork:
     def match(self, maps: Tensor, keys: Tensor, k: int, valid: Tensor | int) -> tuple[Tensor, Tensor]:
         query = self._with_length(self._features(maps), self._temperature)
         if self._pack_keys:
-            return retrieve_packed(query, keys, k, valid=valid)
+            return retrieve_screened(query, keys, k, valid=valid)
         return ops.retrieve(query, keys, k, valid=valid, backend=self._backend)
 
     def gather(self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor) -> Tensor | Chosen:

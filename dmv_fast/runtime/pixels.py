@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmv_fast.ops.backends import cpu_kernel_runs
-from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.convolution import Convolution, amx_runs
 from dmv_fast.runtime.fold import FOUR_TAP_POINTS, THREE_TAP_POINTS, panels, weights_at_points
+from dmv_fast.runtime.parts import bfloat16_parts
 from dmv_fast.vision.crop import CROP_SIZE
 
 # Channels of a pixel on a GPU, the last of them zero: with 3, cuDNN would copy them into 8 by itself.

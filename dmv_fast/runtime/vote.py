@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from dmv_fast import ops
 from dmv_fast.ops.backends import cpu_kernel_runs
-from dmv_fast.ops.parts import bfloat16_parts
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.fold import VoteWeights, panels
+from dmv_fast.runtime.parts import bfloat16_parts
 
 _FUSED_WIDTH = 64  # C that the fused kernels are written for
 _FUSED_HEADS = 8  # heads that the float32 kernel always runs; missing ones are zero
