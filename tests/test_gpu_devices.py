@@ -24,7 +24,8 @@ def laid_out_for_a_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("config", [
     DMVConfig(), DMVConfig("resnet50"), DMVConfig(grid=32), DMVConfig(similarity="dot"),
-], ids=lambda c: f"{c.backbone}-{c.grid}-{c.similarity}")  # fmt: skip
+    DMVConfig(reader="vote+mean"),
+], ids=lambda c: f"{c.backbone}-{c.grid}-{c.similarity}-{c.reader}")  # fmt: skip
 @torch.inference_mode()
 def test_everything_of_a_network_is_on_its_device(config, dtype):
     model = DMV(config).eval().requires_grad_(False).to(GPU)

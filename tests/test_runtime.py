@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import cv2
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmv_fast import FastDMVTracker
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.pick import PickConfig
 from dmv_fast.ops.screened import pack_keys, unpack_keys
@@ -22,7 +24,7 @@ from dmv_fast.runtime.network import FastNetwork, PlainNetwork
 from dmv_fast.runtime.pixels import max_pool
 from dmv_fast.runtime.vote import fused_vote, vote_plain
 from dmv_fast.vision.crop import normalise, search_window
-from dmv_fast.weights import load_model
+from dmv_fast.weights import load_model, save_model
 
 CPU = torch.device("cpu")
 BOXES = [(60.0, 50.0, 40.0, 30.0), (100.0, 90.0, 22.0, 20.0), (20.0, 20.0, 30.0, 60.0)]
@@ -159,9 +161,12 @@ def test_fused_vote_survives_large_logits(model):
 
 @pytest.mark.parametrize(
     "config",
-    [DMVConfig(), DMVConfig(backbone="resnet50"), DMVConfig(grid=32), DMVConfig(similarity="dot")],
-    ids=["dmv18", "dmv50", "grid 32", "dot"],
-)
+    [
+        DMVConfig(), DMVConfig(backbone="resnet50"), DMVConfig(grid=32), DMVConfig(similarity="dot"),
+        DMVConfig(reader="vote+mean"),
+    ],
+    ids=["dmv18", "dmv50", "grid 32", "dot", "vote+mean"],
+)  # fmt: skip
 def test_float32_equals_the_reference(config):
     model = lively(config)
     plain = PlainNetwork(model, backend="reference")
@@ -169,10 +174,37 @@ def test_float32_equals_the_reference(config):
     check_networks(plain, fast, 1e-4)
 
 
+@pytest.mark.parametrize(
+    "changed, kind",
+    [
+        ({}, FastNetwork), ({"reader": "vote+mean"}, FastNetwork),
+        ({"score_use": "none"}, PlainNetwork), ({"reader": "softmax"}, PlainNetwork),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_that_the_fast_path_does_not_know_stays_plain(tmp_path, changed, kind):
+    """dmv18's weights, read otherwise; boxes are the reference's in any case."""
+    shipped, file = load_model("dmv18"), tmp_path / "other.safetensors"
+    model = DMV(dataclasses.replace(shipped.config, **changed))
+    model.load_state_dict({name: shipped.state_dict()[name] for name in model.state_dict()})
+    save_model(model, file)
+    fast, plain = (FastDMVTracker(str(file), dtype="float32", backend=b) for b in ("auto", "reference"))
+    assert isinstance(fast.frame_step.network, kind)
+    first, *others = frames()
+    for tracker in (fast, plain):
+        tracker.init(first, BOXES[0])
+    for image in others:
+        found, expected = fast.track(image), plain.track(image)
+        assert np.allclose(found.box, expected.box, atol=0.02) and abs(found.score - expected.score) < 1e-3
+
+
 def test_bfloat16_rounds_no_worse_than_pytorch(model):
     """Against float32, the fast path's error is that of the reference run in bfloat16, within a quarter."""
     fast = FastNetwork(model, dtype=torch.bfloat16, device=CPU, backend="auto")
     check_networks(PlainNetwork(model, backend="reference"), fast, 0.2)
+    with_mean = lively(DMVConfig(reader="vote+mean"))
+    fast_with_mean = FastNetwork(with_mean, dtype=torch.bfloat16, device=CPU, backend="auto")
+    check_networks(PlainNetwork(with_mean, backend="reference"), fast_with_mean, 0.2)
     half = copy.deepcopy(model).bfloat16()
     keys, values = random_memory(model)
     with torch.inference_mode():
@@ -197,7 +229,8 @@ def check_networks(plain: PlainNetwork, fast: FastNetwork, tolerance: float) -> 
     model = plain.model
 
     def project(values: Tensor) -> Tensor:
-        return fast._vote.store(model.read.voting.value_in(values))
+        entering = model.read.voting.value_in(values)
+        return fast._vote.store(torch.cat([entering, values], -1) if model.read.mean_beside else entering)
 
     with torch.inference_mode():
         seen, fast_seen = plain.look(crops()), fast.look(crops())

@@ -40,7 +40,7 @@ class DMVConfig:
     anchor_side: float = 64.0
     reader: str = "vote"
     """Or, to compare with (Table 1): "mlp" (top-k + MLP), "softmax", "mean" (softmax of the K best alone),
-    "vote+mean" (both, added). The fast path knows "vote" alone."""
+    "vote+mean" (both, added). The fast path knows "vote" and "vote+mean"."""
     score_use: str = "renormalised"
     """Or "none", the paper's: candidates do not carry their score (see MemoryRead; fast path: not known)."""
 

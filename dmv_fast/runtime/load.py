@@ -56,8 +56,8 @@ def _load(
     # _version: a checkpoint that training has replaced is another network; _isa: weights and keys lie as the
     # instruction set that DMV_FAST_CPU_ISA names wants them
     model = load_model(weights, device=device)
-    for_comparison = model.config.reader != "vote" or model.config.score_use != "renormalised"
-    if for_comparison or (precision == Precision(torch.float32) and backend == "reference"):
+    votes = model.config.reader in ("vote", "vote+mean") and model.config.score_use == "renormalised"
+    if not votes or (precision == Precision(torch.float32) and backend == "reference"):
         return PlainNetwork(model, backend=backend)
     network = FastNetwork(model, **precision._asdict(), device=device, backend=backend)
     if device.type == "cuda":  # complete, also for another thread's stream

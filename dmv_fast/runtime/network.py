@@ -17,7 +17,7 @@ from dmv_fast.runtime.convolution import Convolution, Where, padding_of, run_cha
 from dmv_fast.runtime.fold import fold_vote
 from dmv_fast.runtime.rows import Projection, with_length
 from dmv_fast.runtime.trunk import Trunk
-from dmv_fast.runtime.vote import Chosen, fused_vote
+from dmv_fast.runtime.vote import Candidates, MeanBeside, Vote, fused_vote
 from dmv_fast.vision.crop import normalise
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class FastNetwork:
     """The folded network, equal to the reference within the rounding of its `dtype`.
 
     The memory holds values as the voting net reads them: C wide, projected once, when written, or all that
-    it makes of them (see SpreadVote). The last V channels of its maps are room for what is retrieved, so that
-    the head reads both as one map.
+    it makes of them (see SpreadVote, MeanBeside). The last V channels of its maps are room for what is
+    retrieved, so that the head reads both as one map.
 
     split: of float32, make large products of bfloat16 ones, of two parts of each number (see Convolution).
     Where products of bytes screen the keys, they are stored packed for that (ops.screened).
@@ -106,13 +106,17 @@ class FastNetwork:
             (packed_width(depth), torch.uint8) if self._pack_keys else (depth, dtype)
         )
         self._trunk = Trunk(model.backbone, split=split, **where)
-        self._vote = fused_vote(weights, split=split, backend=backend, **where)
+        vote, value_in = fused_vote(weights, split=split, backend=backend, **where), weights.value_in
+        self._vote: Vote = vote
+        if model.read.mean_beside:
+            self._vote = MeanBeside(vote, model.read.null_value.to(device, dtype), backend)
+            value_in = torch.cat([value_in, torch.eye(model.config.value_dim, device=value_in.device)])
         self.value_width = self._vote.width
         self._query_in = Projection(weights.query_in, weights.query_bias, **where)
         self._temperature = float(model.read.log_temperature.exp())  # used by "cosine" alone
         self._head, bias = _fold_head(model.head, split=split, **where)
         self._head_bias = bias.float().to(device)
-        self._encoder = _Encoder(model.value_encoder, weights.value_in, split=split, **where)
+        self._encoder = _Encoder(model.value_encoder, value_in, split=split, **where)
 
     def look(self, crops: Tensor, maps: Tensor | None = None) -> Tensor:
         """As Network.look; maps: where to put them, of the size of `new_maps`."""
@@ -140,11 +144,11 @@ class FastNetwork:
             return retrieve_screened(query, keys, k, valid=valid)
         return ops.retrieve(query, keys, k, valid=valid, backend=self._backend)
 
-    def gather(self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor) -> Tensor | Chosen:
+    def gather(self, maps: Tensor, values: Tensor, scores: Tensor, indices: Tensor) -> Candidates:
         """The candidates, weighted and with the location's own part, as the vote takes them."""
         return self._vote.gather(values, self._query_in(self._features(maps)), indices, scores)
 
-    def vote(self, maps: Tensor, candidates: Tensor | Chosen) -> None:
+    def vote(self, maps: Tensor, candidates: Candidates) -> None:
         """Candidates agree on one value, put behind the features."""
         self._vote(candidates, maps.flatten(1, 2)[..., self.model.config.key_dim :])
 
@@ -201,7 +205,7 @@ def _weight_and_bias(conv: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 class _Encoder:
-    """ValueEncoder with the voting net's projection to C behind it: (B, H, W, D + 5 A) -> (B, M, C).
+    """ValueEncoder with a projection behind it, the voting net's to C: (B, H, W, D + 5 A) -> (B, M, C).
 
     Of x the channels are filled up to 32s, the matrix units' measure.
     """

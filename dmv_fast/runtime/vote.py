@@ -52,6 +52,16 @@ class Chosen(NamedTuple):
     scores: Tensor
 
 
+class WithMean(NamedTuple):
+    """Candidates, and the mean of their values by their scores (B, M, V)."""
+
+    candidates: Tensor | Chosen
+    mean: Tensor
+
+
+Candidates = Tensor | Chosen | WithMean
+
+
 class RowVote:
     """Candidates are gathered as rows, as wide as the memory's values, and vote afterwards.
 
@@ -70,7 +80,7 @@ class RowVote:
         """values (B, N, width), else as ops.gather_candidates -> what a call takes."""
         return ops.gather_candidates(values, self._null, query_part, indices, scores, backend=self._backend)
 
-    def __call__(self, rows: Tensor | Chosen, out: Tensor) -> None:
+    def __call__(self, rows: Candidates, out: Tensor) -> None:
         """What was gathered -> retrieved values out (B, M, V), rows of any stride."""
         assert isinstance(rows, Tensor)
         self._run(rows, out)
@@ -104,12 +114,49 @@ class SpreadVote:
         """As RowVote's; nothing is read yet."""
         return Chosen(values, query_part, indices, scores)
 
-    def __call__(self, chosen: Tensor | Chosen, out: Tensor) -> None:
+    def __call__(self, chosen: Candidates, out: Tensor) -> None:
         """As RowVote's."""
         assert isinstance(chosen, Chosen)
         values, *candidates = chosen
         run = torch.ops.dmv_fast.vote_float32_cpu.default
         out.copy_(run(values, self._null, *candidates, *self._weights))
+
+
+class MeanBeside:
+    """A vote to whose answer the candidates' mean is added (`reader="vote+mean"`).
+
+    The memory holds a value as the vote wants it and, behind that, as it is. null (V,): the null column's.
+    """
+
+    def __init__(self, vote: RowVote | SpreadVote, null: Tensor, backend: str):
+        self._vote, self._null, self._backend = vote, null, backend
+        self.width = vote.width + len(null)
+
+    def store(self, values: Tensor) -> Tensor:
+        """Values (B, M, C + V), what the vote stores of a value and the value, -> (B, M, width)."""
+        entering, own = self._apart(values)
+        return torch.cat([self._vote.store(entering), own], -1)
+
+    def gather(self, values: Tensor, query_part: Tensor, indices: Tensor, scores: Tensor) -> WithMean:
+        """As RowVote's."""
+        voting, own = self._apart(values)
+        nothing = own.new_zeros(*indices.shape[:2], own.shape[-1])
+        rows = ops.gather_candidates(own, self._null, nothing, indices, scores, backend=self._backend)
+        return WithMean(self._vote.gather(voting, query_part, indices, scores), rows.mean(2))
+
+    def __call__(self, both: Candidates, out: Tensor) -> None:
+        """As RowVote's."""
+        assert isinstance(both, WithMean)
+        self._vote(both.candidates, out)
+        out += both.mean
+
+    def _apart(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What is the vote's, and the values as they are."""
+        own = len(self._null)
+        return values[..., :-own], values[..., -own:]
+
+
+Vote = RowVote | SpreadVote | MeanBeside
 
 
 def spread_rows(weights: VoteWeights) -> Tensor:
