@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk says
 _LONGEST = 100  # characters of the target's name in the temporary one's
 
 
@@ -46,13 +48,18 @@ def replaced_when_complete(
     """Yield a `partial_path` of `target`; it gets the target's name at the end of the block.
 
     If the block raises, the temporary file goes and a former `target` stays. keep_interrupted: Ctrl-C
-    (KeyboardInterrupt) keeps what has been written so far, for outputs that are of use when cut short.
+    (KeyboardInterrupt) keeps what has been written so far, for outputs that are of use when cut short. An
+    OSError of a full disk names the target.
     """
     path = target.absolute()  # the block may change folder
     partial = partial_path(path, keep_suffix=keep_suffix)
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None and error.errno in NO_ROOM:  # of a write: it knows the open file alone
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
     except KeyboardInterrupt:
         if keep_interrupted and partial.exists():
             os.replace(partial, path)

@@ -312,6 +312,20 @@ def test_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     assert names(tmp_path) == set()
 
 
+def test_a_full_disk_names_the_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    former, boxes = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "boxes.csv"
+    boxes.write_text("of before")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, former[1]))
+        with pytest.raises(OSError, match=r"boxes\.csv"), replaced_when_complete(boxes) as partial:
+            with open(partial, "w") as file:
+                file.writelines("1,2,3,4\n" for _ in range(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert names(tmp_path) == {"boxes.csv"} and boxes.read_text() == "of before"
+
+
 def test_writers_of_one_file_do_not_meet(tmp_path):
     """Two at a time, of one process or of two machines that share the folder: the later one stays, whole."""
     target = tmp_path / "a.csv"

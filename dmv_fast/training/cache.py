@@ -6,7 +6,6 @@ instead of once a step, and so is making the crop.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dmv_fast.files import write_text
+from dmv_fast.files import NO_ROOM, write_text
 from dmv_fast.model.dmv import DMV
 from dmv_fast.training.data import SampleStream
 from dmv_fast.training.frozen import FrozenStem
@@ -90,6 +89,6 @@ def _allot(path: Path, size: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in NO_ROOM:
                 message = f"{path}: no room for {size / 1e9:.1f} GB of features ({error.strerror})"
                 raise OSError(error.errno, message) from None
