@@ -17,9 +17,12 @@ inline void begin_tiles() {
 }
 inline void end_tiles() { _tile_release(); }
 
-// What products begin with. GCC does not know that _tile_loadd reads memory: stores before this are done before it.
+// GCC does not know that _tile_loadd reads memory: stores before this are done before it.
+inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
+// What products begin with.
 inline void zero_sums() {
-  __asm__ volatile("" ::: "memory");
+  finish_stores();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

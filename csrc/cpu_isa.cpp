@@ -53,7 +53,9 @@ bool detect(Isa isa) {
 #ifdef DMV_X86
   __builtin_cpu_init();
   switch (isa) {
-    case Isa::amx: return detect(Isa::avx512_bf16) && (kAmxEmulated || (has_amx() && amx_granted()));
+    case Isa::amx:
+      return detect(Isa::avx512_bf16) && __builtin_cpu_supports("avx512vnni") &&
+          (kAmxEmulated || (has_amx() && amx_granted()));
     case Isa::avx512_bf16: return has_avx512() && __builtin_cpu_supports("avx512bf16");
     case Isa::avx512: return has_avx512();
     case Isa::avx2: return has_avx2();

@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> retrieve_by(
   call.depth = query.size(2);
   call.k = static_cast<int>(k);
   STD_TORCH_CHECK(
-      keys.size(0) == batches && keys.size(2) == key_width, "keys: must be (B, N, D) as query says");
+      keys.size(0) == batches && keys.size(2) == key_width, "keys: must be (B, N, ", key_width, ") as query says");
   STD_TORCH_CHECK(call.depth >= 1 && call.depth <= kMaxDepth, "query: its last dimension must be 1..", kMaxDepth);
   STD_TORCH_CHECK(k >= 1 && k <= kMaxK, "k: must be 1..32");
   STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "keys: its dtype must be query's");

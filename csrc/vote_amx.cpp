@@ -20,6 +20,7 @@ class VoteAmx {
   template <class Take>
   void left(const uint16_t* a, int count, const uint16_t* b, Take&& take) {
     if (count == 0) return;
+    finish_stores();
     _tile_loadd(2, b, 128);
     _tile_loadd(3, b + 32, 128);
     _tile_loadd(4, b + 16 * 64, 128);
@@ -44,6 +45,7 @@ class VoteAmx {
   template <class Take>
   void right(const uint16_t* a, const uint16_t* b, int count, Take&& take) {
     if (count == 0) return;
+    finish_stores();
     _tile_loadd(2, a, kVoteWidth * 2);
     _tile_loadd(3, a + 16 * kVoteWidth, kVoteWidth * 2);
     _tile_loadd(4, a + 32, kVoteWidth * 2);
@@ -96,6 +98,7 @@ class VoteAmx {
 
  private:
   static void load_sums(const float* c) {
+    finish_stores();
     _tile_loadd(0, c, kVoteRows * 4);
     _tile_loadd(1, c + 16, kVoteRows * 4);
     _tile_loadd(2, c + 16 * kVoteRows, kVoteRows * 4);

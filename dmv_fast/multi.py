@@ -21,7 +21,8 @@ class MultiTracker(Cloneable):
     Args:
         weights, k, device, dtype, backend, config: as for FastDMVTracker.
         capacity: how many targets there may be at a time; the memory for all is allocated at once
-            (32 frames of DMV18: 5 MB a target in half precision, 13 in bfloat16x3, up to 38 in float32).
+            (32 frames of DMV18: 5 MB a target in half precision, 13 in bfloat16x3, up to 38 in float32;
+            8 more where the candidates' mean is added to the vote).
     """
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ WANT_AMX = (
     "test_convolution_amx.py", "test_cpu_isa.py", "test_multi.py", "test_retrieve.py",
     "test_retrieve_screened.py", "test_runtime.py", "test_vote_split.py",
 )  # fmt: skip
+BY_AMX = ("convolve_cpu", "retrieve_screened_cpu", "vote_cpu", "vote_split_cpu")
 
 
 def why_not() -> str | None:
@@ -51,7 +53,7 @@ def checkout(tmp_path_factory) -> Path:
     (folder / "dmv_fast" / "kernels").symlink_to(ROOT / "kernels")
     run(
         folder, "setup.py", "build_ext", "--inplace",
-        CFLAGS=f"-include {HEADER}", DMV_FAST_SKIP_EXT="cuda", DMV_FAST_FORCE_EXT="1",
+        CFLAGS=f"-include {shlex.quote(str(HEADER))}", DMV_FAST_SKIP_EXT="cuda", DMV_FAST_FORCE_EXT="1",
     )  # fmt: skip
     return folder
 
@@ -59,6 +61,7 @@ def checkout(tmp_path_factory) -> Path:
 def run(folder: Path, *arguments: str, **variables: str) -> str:
     """Python in that folder, whose package comes before the installed one -> what it printed; no failure."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "MAX_JOBS": "2", **variables}
+    environment.pop("DMV_FAST_CPU_ISA", None)  # may name another
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -67,8 +70,13 @@ def run(folder: Path, *arguments: str, **variables: str) -> str:
 
 
 def test_everything_that_wants_amx(checkout):
+    load = "import torch; from dmv_fast.ops import available_backends; available_backends('cpu')"
+    asked = ("cpu_isas", *(f"{name}_runs" for name in BY_AMX))
+    answers = ", ".join(f"torch.ops.dmv_fast.{name}()" for name in asked)
+    said = run(checkout, "-c", f"{load}; print({answers})")
+    assert said.split() == ["amx", *torch.ops.dmv_fast.cpu_isas().split(), *["True"] * len(BY_AMX)]
     files = [str(TESTS / name) for name in WANT_AMX]
     said = run(checkout, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", *files)
     passed = re.search(r"(\d+) passed", said)
     assert passed and int(passed[1]) > 100, said
-    assert "no AMX" not in said and "has no amx" not in said, said
+    assert not re.search("no AMX|no amx|needs AMX|VNNI", said), said

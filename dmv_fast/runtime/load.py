@@ -27,7 +27,7 @@ def load_network(weights: str, device: torch.device, dtype: str, backend: str) -
     """The network of a checkpoint; one copy for all trackers of a process.
 
     float32 with the backend "reference" is the plain PyTorch network, everything else the folded one; the
-    readers that exist for comparison (`DMVConfig.reader`, `score_use`) are plain, in float32, in any case.
+    readers that it does not know (see `DMVConfig.reader`, `score_use`) are plain, in float32, in any case.
     dtype: FastDMVTracker's. Raises ValueError where it is unknown or does not run on the device.
     """
     precision = precision_of(dtype, device)

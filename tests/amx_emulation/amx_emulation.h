@@ -1,8 +1,9 @@
 // The tile instructions of AMX (amx-tile, amx-bf16, amx-int8) in AVX-512, for running csrc/*amx* on a processor without them. Put
 // before each source by the compiler's -include; csrc/cpu_isa.cpp then takes AMX for granted.
 //
-// Made to fail where the processor does: what the manual calls an invalid instruction ends the program. A tile
-// is zero past what was loaded, tiles are a thread's own, and none outlives the release or the next configuration.
+// Made to fail where the processor does: what the manual calls an invalid instruction or a fault ends the program. A tile
+// is zero past what was loaded, tiles are a thread's own, and none outlives the release. It is stricter in one thing: who
+// configures has to release before the next one does.
 #pragma once
 
 #define DMV_AMX_EMULATED 1
@@ -28,13 +29,15 @@ inline void require(bool holds) {
 inline void loadconfig(const void* memory) {
   unsigned char config[64];
   std::memcpy(config, memory, 64);
+  require(!tiles.configured);  // the processor would allow it
   require(config[0] == 1 && config[1] == 0);
-  tiles = Tiles();
+  for (int i = 2; i < 64; ++i) require(config[i] == 0 || (16 <= i && i < 32) || (48 <= i && i < 56));  // reserved
   tiles.configured = true;
   for (int tile = 0; tile < 8; ++tile) {
     tiles.bytes[tile] = config[16 + 2 * tile] | config[17 + 2 * tile] << 8;
     tiles.rows[tile] = config[48 + tile];
     require(tiles.bytes[tile] <= 64 && tiles.rows[tile] <= 16);
+    require((tiles.bytes[tile] == 0) == (tiles.rows[tile] == 0));
   }
 }
 
@@ -68,9 +71,12 @@ inline void require_shapes(int to, int left, int right) {
 }
 
 // to[m][n] += sum over k of left[m][2k] right[k][2n] + left[m][2k + 1] right[k][2n + 1]: the even and the odd products
-// are summed apart, each fused, then together onto `to`.
+// are summed apart, each fused, then together onto `to`. Denormal numbers count as zero, and come out as zero.
 __attribute__((target("avx512f,avx512bw"), noinline)) inline void dpbf16ps(int to, int left, int right) {
   require_shapes(to, left, right);
+  constexpr unsigned kMasked = 0x1f80, kDenormalsAreZero = 0x0040, kFlushToZero = 0x8000;
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(kMasked | kDenormalsAreZero | kFlushToZero);
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (int m = 0; m < tiles.rows[to]; ++m) {
     __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
@@ -86,6 +92,7 @@ __attribute__((target("avx512f,avx512bw"), noinline)) inline void dpbf16ps(int t
     float* const sums = reinterpret_cast<float*>(tiles.data[to][m]);
     _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), _mm512_add_ps(even, odd)));
   }
+  _mm_setcsr(before);
 }
 
 // to[m][n] += sum over k and i of left[m][4k + i] right[k][4n + i], whole numbers with a sign on the left, without on
