@@ -47,48 +47,39 @@ struct ProductAmx {
 
 // Products of bytes, as keys and queries lie for them: a tile of keys is 64 numbers of 16, a tile of queries 16 times
 // four numbers of 16.
-struct ProductInt8Tiles : ProductInt8 {
+struct MultiplyByteTiles {
   static void begin() { begin_tiles(); }
   static void end() { end_tiles(); }
 
-  template <class Between>
-  static void block(
-      const float* rows, int64_t stride, const float* queries, int64_t depth, float* logits, Between&& between) {
+  static void run(const KeyBlock& block, const QueryTile& tile, int64_t depth, float* logits, uintptr_t ahead) {
     constexpr int kDepth = 64;  // of a tile
-    if (depth % kDepth) return ProductInt8::block(rows, stride, queries, depth, logits, between);
-    for (int group = 0; group < kGroups; ++group) between(group);
-    const KeyBlock keys(rows, depth);
-    const QueryTile tile(const_cast<float*>(queries), depth);
+    if (depth % kDepth) return MultiplyBytes::run(block, tile, depth, logits, ahead);
     zero_sums();
     for (int64_t d = 0; d < depth; d += kDepth) {
-      _tile_loadd(4, keys.bytes + d, depth);
+      _tile_loadd(4, block.bytes + d, depth);
       _tile_loadd(6, tile.bytes + d * kTile, kTile * 4);
       _tile_loadd(7, tile.bytes + d * kTile + 64, kTile * 4);
-      _tile_loadd(5, keys.bytes + 16 * depth + d, depth);
+      _tile_loadd(5, block.bytes + 16 * depth + d, depth);
       _tile_dpbsud(0, 4, 6);  // keys have a sign, queries have none
       _tile_dpbsud(1, 4, 7);
       _tile_dpbsud(2, 5, 6);
       _tile_dpbsud(3, 5, 7);
     }
     store_sums(logits, kTile);  // whole numbers yet
-    const char* const ahead = reinterpret_cast<const char*>(rows + kAhead * kBlock * stride);
     const __m512 scale[2] = {_mm512_loadu_ps(tile.scale), _mm512_loadu_ps(tile.scale + 16)};
     for (int key = 0; key < kBlock; ++key) {
-      for (int64_t d = 0; d < depth; d += kDepth) __builtin_prefetch(ahead + key * depth + d, 0, 2);
+      for (int64_t d = 0; d < depth; d += kDepth)
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead + key * depth + d), 0, 2);
       float* const row = logits + key * kTile;
-      store_logits(keys, key, {_mm512_load_si512(row), _mm512_load_si512(row + 16)}, scale, row);
+      MultiplyBytes::store_logits(block, key, {_mm512_load_si512(row), _mm512_load_si512(row + 16)}, scale, row);
     }
   }
 };
-template <>
-constexpr bool kWholeBlocks<ProductInt8Tiles> = true;
-template <>
-struct QueryPacking<ProductInt8Tiles> : QueryPacking<ProductInt8> {};
 
 }  // namespace
 
 RetrieveTiles amx_kernel() { return retrieve_tiles<ProductAmx, BFloat16>; }
-RetrieveTiles amx_screened_kernel() { return retrieve_tiles<ProductInt8Tiles, float, Int8Screen>; }
+RetrieveTiles amx_screened_kernel() { return retrieve_tiles<ProductInt8<MultiplyByteTiles>, float, Int8Screen>; }
 
 }  // namespace dmv_fast
 DMV_TARGET_END

@@ -14,7 +14,7 @@ DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,pop
 
 namespace dmv_fast {
 
-RetrieveTiles avx512_vnni_screened_kernel() { return retrieve_tiles<ProductInt8, float, Int8Screen>; }
+RetrieveTiles avx512_vnni_screened_kernel() { return retrieve_tiles<ProductInt8<MultiplyBytes>, float, Int8Screen>; }
 
 }  // namespace dmv_fast
 DMV_TARGET_END

@@ -56,8 +56,8 @@ RetrieveTiles kernel_for(Isa isa, Dtype dtype) {
 }
 
 std::tuple<Tensor, Tensor> retrieve_by(
-    RetrieveTiles kernel, const Tensor& query, const Tensor& keys, int64_t key_width, int64_t k,
-    const std::optional<Tensor>& valid) {
+    RetrieveTiles kernel, const Tensor& query, const Tensor& keys, int64_t k, const std::optional<Tensor>& valid,
+    std::optional<int64_t> packed_width = {}) {
   STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query, keys: must be (B, M, D) and (B, N, D)");
   const int64_t batches = query.size(0);
   Retrieval call;
@@ -65,6 +65,7 @@ std::tuple<Tensor, Tensor> retrieve_by(
   call.count = keys.size(1);
   call.depth = query.size(2);
   call.k = static_cast<int>(k);
+  const int64_t key_width = packed_width.value_or(call.depth);
   STD_TORCH_CHECK(
       keys.size(0) == batches && keys.size(2) == key_width, "keys: must be (B, N, ", key_width, ") as query says");
   STD_TORCH_CHECK(call.depth >= 1 && call.depth <= kMaxDepth, "query: its last dimension must be 1..", kMaxDepth);
@@ -116,8 +117,7 @@ std::tuple<Tensor, Tensor> retrieve_cpu(
     int64_t k,
     const std::optional<Tensor>& valid)  // [B] int32
 {
-  STD_TORCH_CHECK(query.dim() == 3, "query: must be (B, M, D)");
-  return retrieve_by(kernel_for(chosen_isa(), dtype_of(query)), query, keys, query.size(2), k, valid);
+  return retrieve_by(kernel_for(chosen_isa(), dtype_of(query)), query, keys, k, valid);
 }
 
 RetrieveTiles screened_kernel() {
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor> retrieve_screened_cpu(
   STD_TORCH_CHECK(
       keys.dim() == 3 && keys.size(1) % 32 == 0 && keys.stride(1) == keys.size(2),
       "keys: must be (B, N, 5 D / 4 + 4), N a multiple of 32, without gaps between them");
-  return retrieve_by(kernel, query, keys, query.size(2) / 4 * 5 + 4, k, valid);
+  return retrieve_by(kernel, query, keys, k, valid, query.size(2) / 4 * 5 + 4);
 }
 
 // What DMV_FAST_CPU_ISA may name on this machine, the fastest first.

@@ -33,24 +33,14 @@ struct QueryTile {
         queries(length + kTile + kTile * depth / 4) {}
 };
 
-struct ProductInt8 {
-  using Element = float;
-  static constexpr int64_t kDepthStep = 1;
+// By vpdpbusd.
+struct MultiplyBytes {
   static constexpr int kRows = 8;
-  static constexpr int64_t kAhead = 2;  // blocks whose bytes are fetched to L2 before they are needed: they do not lie one behind the other
 
   static void begin() {}
   static void end() {}
 
-  template <class Between>
-  static void block(
-      const float* rows, int64_t stride, const float* queries, int64_t depth, float* logits, Between&& between) {
-    for (int group = 0; group < kGroups; ++group) between(group);
-    const uintptr_t ahead = reinterpret_cast<uintptr_t>(rows) + kAhead * kBlock * stride * sizeof(float);
-    multiply(KeyBlock(rows, depth), QueryTile(const_cast<float*>(queries), depth), depth, logits, ahead);
-  }
-
-  __attribute__((noinline)) static void multiply(
+  __attribute__((noinline)) static void run(
       const KeyBlock& block, const QueryTile& tile, int64_t depth, float* logits, uintptr_t ahead) {
     const __m512 scale[2] = {_mm512_loadu_ps(tile.scale), _mm512_loadu_ps(tile.scale + 16)};
     for (int key = 0; key < kBlock; key += kRows) {
@@ -84,8 +74,24 @@ struct ProductInt8 {
     }
   }
 };
-template <>
-constexpr bool kWholeBlocks<ProductInt8> = true;
+
+// `Multiply`: begin and end, and run(block, tile, depth, logits, ahead), which also fetches the bytes at `ahead`.
+template <class Multiply>
+struct ProductInt8 : Multiply {
+  using Element = float;
+  static constexpr int64_t kDepthStep = 1;
+  static constexpr int64_t kAhead = 2;  // blocks whose bytes are fetched to L2 before they are needed: they do not lie one behind the other
+
+  template <class Between>
+  static void block(
+      const float* rows, int64_t stride, const float* queries, int64_t depth, float* logits, Between&& between) {
+    for (int group = 0; group < kGroups; ++group) between(group);
+    const uintptr_t ahead = reinterpret_cast<uintptr_t>(rows) + kAhead * kBlock * stride * sizeof(float);
+    Multiply::run(KeyBlock(rows, depth), QueryTile(const_cast<float*>(queries), depth), depth, logits, ahead);
+  }
+};
+template <class Multiply>
+constexpr bool kWholeBlocks<ProductInt8<Multiply>> = true;
 
 // One query as bytes 128 larger than its numbers, kTile * 4 apart for every four of them.
 inline void round_to_bytes(const float* query, int64_t depth, int lane, const QueryTile& tile) {
@@ -110,8 +116,8 @@ inline void round_to_bytes(const float* query, int64_t depth, int lane, const Qu
   tile.error[lane] = fits ? scale * (1.001f * __builtin_sqrtf(off) + 0.001f) : tile.length[lane];
 }
 
-template <>
-struct QueryPacking<ProductInt8> {
+template <class Multiply>
+struct QueryPacking<ProductInt8<Multiply>> {
   static int64_t numbers(int64_t depth) { return depth + depth / 4 + 3; }
 
   static void run(const float* from, int64_t stride, int64_t queries, int64_t depth, int64_t, float* to) {
