@@ -9,7 +9,10 @@ template <class Number>
 const Number* checked(
     const torch::stable::Tensor& tensor, const char* name, torch::headeronly::ScalarType dtype, int64_t size) {
   using torch::headeronly::ScalarType;
-  const char* const wanted = dtype == ScalarType::Float ? "float32" : dtype == ScalarType::Byte ? "uint8" : "bfloat16";
+  const char* const wanted = dtype == ScalarType::Float ? "float32"
+      : dtype == ScalarType::Byte                       ? "uint8"
+      : dtype == ScalarType::Short                      ? "int16"
+                                                        : "bfloat16";
   STD_TORCH_CHECK(
       tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == size, name, ": must be contiguous ",
       wanted, " of ", size, " elements");

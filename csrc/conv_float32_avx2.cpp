@@ -13,8 +13,8 @@ DMV_TARGET_BEGIN("avx2,fma")
 
 namespace dmv_fast {
 
-WinogradSteps winograd_avx2(int64_t stride) { return steps_of(stride); }
-PointwisePart pointwise_avx2() { return convolve_pointwise; }
+WinogradSteps winograd_avx2(int64_t stride) { return steps_of<Float32>(stride); }
+PointwisePart pointwise_avx2() { return convolve_pointwise<Float32>; }
 PixelsPart pixels_avx2() { return convolve_pixels; }
 
 }  // namespace dmv_fast

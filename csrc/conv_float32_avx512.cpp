@@ -14,8 +14,8 @@ DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt")
 
 namespace dmv_fast {
 
-WinogradSteps winograd_avx512(int64_t stride) { return steps_of(stride); }
-PointwisePart pointwise_avx512() { return convolve_pointwise; }
+WinogradSteps winograd_avx512(int64_t stride) { return steps_of<Float32>(stride); }
+PointwisePart pointwise_avx512() { return convolve_pointwise<Float32>; }
 PixelsPart pixels_avx512() { return convolve_pixels; }
 
 }  // namespace dmv_fast

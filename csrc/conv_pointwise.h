@@ -1,35 +1,46 @@
-// 1 x 1 convolution in float32: out = x w, a product of pixels and channels. Wants product_panel.h before it.
+// 1 x 1 convolution: out = x w, a product of pixels and channels. Wants product_panel.h before it.
 #pragma once
 
 namespace dmv_fast {
 namespace {
 
-// Pixels first..last of x, read by `stride`, with rows a cache line more than their length apart; zeros up to whole steps.
-inline int64_t lay_out(const Pointwise& c, int64_t first, int64_t last, float* to) {
-  const int64_t whole = (last - first + kRowsTogether - 1) / kRowsTogether * kRowsTogether;
-  for (int64_t pixel = first; pixel < first + whole; ++pixel, to += c.pitch()) {
-    const float* const from = c.under(pixel);
-    for (int64_t k = 0; k < c.c_in; k += kWidth)
-      Lanes::store(to + k, pixel < last ? Lanes::load(from + k) : Lanes::zero());
+// `pixels` of x from `first` on, read by `stride`, to rows a cache line more than their length apart; zeros up to `whole`.
+template <class Number, class Product>
+void lay_out(const Pointwise& c, int64_t first, int64_t pixels, int64_t whole, Number* to, float* scales) {
+  for (int64_t i = 0; i < pixels; i += Product::kRounds ? kRoundedTogether : 1) {
+    const auto from = [&](int64_t row) { return c.under(first + i + row); };
+    const auto at = [&](int64_t row) { return to + (i + row) * c.pitch(); };
+    if constexpr (Product::kRounds)
+      Product::round_rows(pixels - i < kRoundedTogether ? pixels - i : kRoundedTogether, c.c_in, from, at, scales + i);
+    else
+      __builtin_memcpy(at(0), from(0), c.c_in * sizeof(Number));
   }
-  return whole;
+  __builtin_memset(to + pixels * c.pitch(), 0, (whole - pixels) * c.pitch() * sizeof(Number));
 }
 
-void convolve_pointwise(const Pointwise& c, int64_t first, int64_t last, float* room) {
+// room: of kPixelStep rows, and then their scales.
+template <class Product>
+void convolve_pointwise(const Pointwise& c, int64_t first, int64_t last, void* room) {
+  using Number = typename Product::Number;
+  Number* const rows = static_cast<Number*>(room);
+  float* const scales = reinterpret_cast<float*>(rows + kPixelStep * c.pitch());
+  const Number* const weight = static_cast<const Number*>(c.weight);
   const Vector floor = Lanes::fill(c.relu ? 0.0f : -__builtin_inff());
   for (int64_t until; first < last; first = until) {
     until = first + kPixelStep < last ? first + kPixelStep : last;
-    const int64_t whole = lay_out(c, first, until, room);
+    const int64_t whole = (until - first + kRowsTogether - 1) / kRowsTogether * kRowsTogether;
+    lay_out<Number, Product>(c, first, until - first, whole, rows, scales);
     for (int64_t panel = 0; panel < c.c_out; panel += kPanel)
       for (int64_t row = 0; row < whole; row += kRowsTogether) {
         float* const out = c.out + (first + row) * c.c_out + panel;
-        const int64_t rows = until - first - row;
+        const int64_t left = until - first - row;
+        const typename Product::Scale scale(scales, row, c.weight_scale, panel);
         multiply_panel(
-            {room + row * c.pitch(), c.pitch(), c.c_in}, c.weight + panel * c.c_in,
+            PanelRows<Number>{rows + row * c.pitch(), c.pitch(), c.c_in}, weight + panel * c.c_in,
             [&](int r, int64_t channel, Vector sum) {
-              if (r >= rows) return;
+              if (r >= left) return;
               float* const to = out + r * c.c_out + channel;
-              sum = Lanes::add(sum, Lanes::load(c.bias + panel + channel));
+              sum = Lanes::add(scale(r, channel, sum), Lanes::load(c.bias + panel + channel));
               if (c.add) sum = Lanes::add(sum, Lanes::load(to));
               Lanes::store(to, Lanes::larger(floor, sum));
             });

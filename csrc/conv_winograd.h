@@ -1,10 +1,11 @@
-// 3 x 3 convolution by Winograd's minimal filtering: out = A' [(G w G') * (B' x B)] A, in float32.
+// 3 x 3 convolution by Winograd's minimal filtering: out = A' [(G w G') * (B' x B)] A.
 //
 // Four by four pixels of out take 36 products a pair of channels, F(4 x 4, 3 x 3), where the sum itself has 144. With a
 // stride of 2 they take 81: of nine pixels in a row the five even ones meet two taps, F(4, 2), and the four odd ones
 // the third tap alone. With points at 0, +-sqrt(1/2), +-sqrt(2) and infinity (0 only for three taps) the rounding stays
 // near that of the sum: 1e-6 of the largest number; a NaN fills its tile. A dilation of d makes d * d maps of every d-th
-// pixel, each cut into tiles by itself. Wants product_panel.h before it.
+// pixel, each cut into tiles by itself. `Product` is how B' x B and G w G' are multiplied: Float32 or Int16. Wants
+// product_panel.h before it, and product_panel_int16.h for that.
 #pragma once
 
 namespace dmv_fast {
@@ -113,9 +114,23 @@ inline void group_to_points(const float* const* pixels, int64_t k, float* to, in
   }
 }
 
+// A tile's points, `plane` apart in float32, to whole numbers, each point with a scale of its own.
+template <class Product>
+void round_points(const Winograd& c, int64_t tile, const float* points, int64_t plane) {
+  auto* const to = static_cast<typename Product::Number*>(c.points) + tile * c.pitch_in();
+  for (int64_t first = 0; first < c.points_of_all(); first += kRoundedTogether) {
+    const int64_t left = c.points_of_all() - first, rows = left < kRoundedTogether ? left : kRoundedTogether;
+    float scale[kRoundedTogether];
+    Product::round_rows(
+        rows, c.c_in, [&](int64_t i) { return points + (first + i) * plane; },
+        [&](int64_t i) { return to + (first + i) * c.plane_in(); }, scale);
+    for (int64_t i = 0; i < rows; ++i) c.point_scale[(first + i) * c.together + tile] = scale[i];
+  }
+}
+
 // Tiles first..last of x, as points of their own: [points][tiles][channels].
-template <int kStride>
-void tiles_to_points(const Winograd& c, int64_t first, int64_t last, int64_t from_tile) {
+template <int kStride, class Product>
+void tiles_to_points(const Winograd& c, int64_t first, int64_t last, int64_t from_tile, int64_t part) {
   constexpr int kSide = Row<kStride>::kPoints;
   for (int64_t tile = first; tile < last; ++tile) {
     const TilePlace place = c.place(tile);
@@ -126,31 +141,43 @@ void tiles_to_points(const Winograd& c, int64_t first, int64_t last, int64_t fro
       const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width && tile < c.tiles();
       pixels[i] = inside ? c.x + ((place.crop * c.height + y) * c.width + x) * c.c_in : c.zeros;
     }
-    float* const to = c.points + (tile - from_tile) * c.pitch_in();
+    float* to;
+    int64_t plane;
+    if constexpr (Product::kRounds)
+      to = c.rounding + part * c.rounding_of_part(), plane = c.plane_rounding();
+    else
+      to = static_cast<float*>(c.points) + (tile - from_tile) * c.pitch_in(), plane = c.plane_in();
     for (int64_t k = 0; k < c.c_in; k += kWidth) {
-      group_to_points<kStride, 0>(pixels, k, to, c.plane_in());
-      group_to_points<kStride, 1>(pixels, k, to, c.plane_in());
-      group_to_points<kStride, 2>(pixels, k, to, c.plane_in());
-      group_to_points<kStride, 3>(pixels, k, to, c.plane_in());
+      group_to_points<kStride, 0>(pixels, k, to, plane);
+      group_to_points<kStride, 1>(pixels, k, to, plane);
+      group_to_points<kStride, 2>(pixels, k, to, plane);
+      group_to_points<kStride, 3>(pixels, k, to, plane);
     }
+    if constexpr (Product::kRounds) round_points<Product>(c, tile - from_tile, to, plane);
   }
 }
 
 // Units first..last of the products: a unit is one of the points and 32 channels of out, over `tiles` tiles. Of nine
 // points in a row the last four have the third tap's weights.
+template <class Product>
 void multiply_points(const Winograd& c, int64_t first, int64_t last, int64_t tiles) {
   const int64_t panels = c.c_out / kPanel, per_group = panels / c.groups, depth = c.c_in / c.groups;
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t point = unit / panels, panel = unit % panels, side = c.points_across();
     const int64_t row = point / side < 5 ? point / side : 5, column = point % side < 5 ? point % side : 5;
-    const float* const a = c.points + point * c.plane_in() + panel / per_group * depth;
-    const float* const b = c.weight + ((row * 6 + column) * panels + panel) * depth * kPanel;
+    using Number = typename Product::Number;
+    const int64_t weight = (row * 6 + column) * panels + panel;
+    const Number* const a = static_cast<const Number*>(c.points) + point * c.plane_in() + panel / per_group * depth;
+    const Number* const b = static_cast<const Number*>(c.weight) + weight * depth * kPanel;
     float* const sums = c.sums + point * c.plane_out() + panel * kPanel;
     for (int64_t tile = 0; tile < tiles; tile += kRowsTogether) {
       float* const to = sums + tile * c.pitch_out();
+      const typename Product::Scale scale(c.point_scale, point * c.together + tile, c.weight_scale, weight * kPanel);
       multiply_panel(
-          {a + tile * c.pitch_in(), c.pitch_in(), depth}, b,
-          [&](int row, int64_t channel, Vector sum) { Lanes::store(to + row * c.pitch_out() + channel, sum); });
+          PanelRows<Number>{a + tile * c.pitch_in(), c.pitch_in(), depth}, b,
+          [&](int row, int64_t channel, Vector sum) {
+            Lanes::store(to + row * c.pitch_out() + channel, scale(row, channel, sum));
+          });
     }
   }
 }
@@ -203,10 +230,13 @@ void points_to_tiles(const Winograd& c, int64_t first, int64_t last, int64_t fro
   }
 }
 
-template <int kStride>
-constexpr WinogradSteps kSteps{tiles_to_points<kStride>, multiply_points, points_to_tiles<kStride>};
+template <int kStride, class Product>
+constexpr WinogradSteps kSteps{tiles_to_points<kStride, Product>, multiply_points<Product>, points_to_tiles<kStride>};
 
-WinogradSteps steps_of(int64_t stride) { return stride == 1 ? kSteps<1> : kSteps<2>; }
+template <class Product>
+WinogradSteps steps_of(int64_t stride) {
+  return stride == 1 ? kSteps<1, Product> : kSteps<2, Product>;
+}
 
 }  // namespace
 }  // namespace dmv_fast

@@ -1,4 +1,4 @@
-// Some rows times a panel of 32 channels in float32, the inner loop of the convolutions. Wants a `Lanes` before it.
+// Some rows times a panel of 32 channels, the inner loop of the convolutions: in float32. Wants a `Lanes` before it.
 #pragma once
 
 #include "conv_float32.h"
@@ -13,15 +13,27 @@ constexpr int kRowsTogether = kWidth == 16 ? 8 : 4;  // times two vectors of cha
 // 2 to 7 % of a frame; 3 KB are too few, 64 KB and fetching to L1 gain less.
 constexpr int64_t kAhead = 256;
 
+// Products of float32 numbers, as they are.
+struct Float32 {
+  using Number = float;
+  static constexpr bool kRounds = false;
+
+  struct Scale {  // of sums
+    Scale(const float*, int64_t, const float*, int64_t) {}
+    Vector operator()(int64_t, int64_t, Vector sum) const { return sum; }
+  };
+};
+
 // kRowsTogether rows of `depth` numbers, `pitch` apart.
+template <class Number>
 struct PanelRows {
-  const float* at;
+  const Number* at;
   int64_t pitch, depth;
 };
 
 // put(row, channel, vector) for all of rows[kRowsTogether][depth] * b[depth][32]
 template <class Put>
-inline void multiply_panel(const PanelRows& rows, const float* b, Put&& put) {
+inline void multiply_panel(const PanelRows<float>& rows, const float* b, Put&& put) {
   for (int64_t half = 0; half < kPanel; half += 2 * kWidth) {
     Vector sum[kRowsTogether][2];
     for (auto& row : sum) row[0] = row[1] = Lanes::zero();

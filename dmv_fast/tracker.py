@@ -26,9 +26,11 @@ class FastDMVTracker(Cloneable):
         weights: a name ("dmv18", "dmv50": see `dmv_fast.weights.known`) or a .safetensors file.
         k: candidates K that vote at each location, 1 to 32; None: the checkpoint's own.
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1" ...
-        dtype: "auto", "float32", "bfloat16", "float16"; or, on a CPU with AMX, "bfloat16x3": float32 within
-            some 1e-5, large products made of two or three in bfloat16. "auto": bfloat16x3 where it runs,
-            float16 on a GPU, else float32, unless bfloat16 is the quicker one there.
+        dtype: "auto", "float32", "bfloat16", "float16"; on a CPU with AMX, "bfloat16x3": float32 within
+            some 1e-5, large products made of two or three in bfloat16; on a CPU with AVX512_VNNI, "int16":
+            float32, but the backbone's products are of 16-bit whole numbers, which is faster, and features
+            right to 1e-3. "auto": bfloat16x3 where it runs, float16 on a GPU, else float32, unless bfloat16
+            is the quicker one there.
         backend: of the retrieval: "auto", "reference", "cpu", "triton" or "cuda". "reference" in float32 is
             the plain PyTorch network, all else the folded one.
         config: how the network is used; None: `TrackerConfig()`.

@@ -52,8 +52,9 @@ def make(
     bias, scale = torch.randn(c_out), torch.rand(c_out) + 0.5 if scaled else None
     dtype = torch.bfloat16 if products == 1 else torch.float32
     made = Convolution(
-        weight, bias, scale=scale, relu=relu, dtype=dtype, device=CPU, split=products > 1, **geometry
-    )
+        weight, bias, scale=scale, relu=relu, dtype=dtype, device=CPU,
+        products="bfloat16x3" if products > 1 else "own", **geometry,
+    )  # fmt: skip
     assert made._run == made._amx and made._weight.numel() == weight.numel() * (2 if products == 3 else 1)
     made.weight, made.bias = weight if scale is None else weight * scale[:, None, None, None], bias
     return made
@@ -179,7 +180,8 @@ def test_the_network_of_three_products_is_nearly_the_float32_one():
         projected = model.read.voting.value_in(values)
         errors = []
         for dtype in (torch.bfloat16, torch.float32):
-            fast = FastNetwork(model, dtype=dtype, device=CPU, backend="auto", split=dtype == torch.float32)
+            products = "bfloat16x3" if dtype == torch.float32 else "own"
+            fast = FastNetwork(model, dtype=dtype, device=CPU, backend="auto", products=products)
             maps = fast.look(crops)
             stored = pack_keys(keys) if fast.key_dtype == torch.uint8 else keys.to(dtype)
             found = fast.predict(maps, stored, projected.to(dtype), 4, 704)
@@ -214,6 +216,6 @@ def test_a_processor_without_amx_says_so(monkeypatch, weights):
 def test_without_amx_it_is_onednn_or_pytorch(monkeypatch):
     monkeypatch.setattr(convolution, "amx_runs", lambda: False)
     made = Convolution(
-        torch.ones(32, 32, 1, 1), None, relu=False, dtype=torch.float32, device=CPU, split=True
+        torch.ones(32, 32, 1, 1), None, relu=False, dtype=torch.float32, device=CPU, products="bfloat16x3"
     )
     assert torch.equal(made(torch.ones(1, 4, 4, 32)), torch.full((1, 4, 4, 32), 32.0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from maps import convolved, random_map
+from maps import THREE_BY_THREE, convolved, random_map
 from threads import on_threads
 from torch import Tensor
 
@@ -15,25 +15,6 @@ CPU = torch.device("cpu")
 needs_winograd = pytest.mark.skipif(
     not cpu_kernel_runs("convolve_winograd_cpu"), reason="no AVX2 in this processor, or no C++ extension"
 )
-
-# (batch, C_in, C_out, height, width, stride, padding, dilation, groups)
-GEOMETRIES = [
-    (1, 64, 64, 64, 64, 1, 1, 1, 1),
-    (1, 128, 256, 32, 32, 1, 1, 1, 1),  # weights that are read once, by all threads together
-    (1, 256, 256, 32, 32, 1, 2, 2, 1),
-    (1, 512, 256, 16, 16, 1, 1, 1, 2),
-    (3, 64, 96, 15, 18, 1, 2, 2, 1),  # tiles over the map's end, and no whole step of them
-    (2, 16, 32, 5, 9, 1, 0, 1, 1),
-    (1, 32, 32, 3, 3, 1, 0, 1, 1),
-    (1, 32, 32, 1, 1, 1, 1, 1, 1),
-    (2, 48, 64, 7, 21, 1, 3, 3, 1),
-    (1, 32, 32, 9, 9, 1, 2, 1, 1),
-    (1, 64, 128, 64, 64, 2, 1, 1, 1),
-    (1, 256, 512, 32, 32, 2, 1, 1, 1),
-    (2, 64, 64, 15, 18, 2, 1, 1, 2),
-    (1, 16, 32, 8, 5, 2, 0, 1, 1),
-    (1, 32, 32, 1, 1, 2, 1, 1, 1),
-]
 
 
 def make(c_in: int, c_out: int, *, relu: bool = False, groups: int = 1, **geometry) -> Convolution:
@@ -48,7 +29,7 @@ def make(c_in: int, c_out: int, *, relu: bool = False, groups: int = 1, **geomet
 
 @needs_winograd
 @pytest.mark.parametrize("isa", ["", "avx2"])
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("geometry", THREE_BY_THREE, ids=str)
 def test_equals_float64(monkeypatch, geometry, isa):
     monkeypatch.setenv("DMV_FAST_CPU_ISA", isa)
     batch, c_in, c_out, height, width, stride, padding, dilation, groups = geometry

@@ -377,4 +377,4 @@ def test_fast_dtype_answers_here():
 def test_auto_is_float32_in_parts_where_amx_runs(monkeypatch, amx):
     monkeypatch.setattr(precision, "amx_runs", lambda: amx)
     found = precision.precision_of("auto", CPU)
-    assert found == (torch.float32, True) if amx else found == (precision.fast_dtype(CPU), False)
+    assert found == ((torch.float32, "bfloat16x3") if amx else (precision.fast_dtype(CPU), "own"))

@@ -140,13 +140,13 @@ def test_more_room_in_the_memory_than_values(isa):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_network_of_float32_votes_by_it(monkeypatch, split):
+@pytest.mark.parametrize("products", ["own", "bfloat16x3"])
+def test_network_of_float32_votes_by_it(monkeypatch, products):
     """One of bfloat16 parts, too, where there is no AMX."""
     monkeypatch.setenv("DMV_FAST_CPU_ISA", "generic")
     torch.manual_seed(0)
     model = DMV(DMVConfig()).eval().requires_grad_(False)
-    net = FastNetwork(model, dtype=torch.float32, device=CPU, backend="auto", split=split)
+    net = FastNetwork(model, dtype=torch.float32, device=CPU, backend="auto", products=products)
     assert isinstance(net._vote, SpreadVote) and net.value_width == 13 * C
     rows, maps = torch.randn(1, 256, 4, C), net.new_maps(1)
     net.vote(maps, as_candidates(net._vote, rows))

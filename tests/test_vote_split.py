@@ -28,7 +28,7 @@ needs_amx = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
 def fused(rows: Tensor, weights: VoteWeights) -> Tensor:
-    return fused_float32(rows, weights, split=True)
+    return fused_float32(rows, weights, products="bfloat16x3")
 
 
 @needs_amx
@@ -96,7 +96,7 @@ def test_any_number_of_threads_gives_the_same_bits(k):
 def test_network_of_bfloat16_parts_votes_by_it():
     torch.manual_seed(0)
     model = DMV(DMVConfig()).eval().requires_grad_(False)
-    net = FastNetwork(model, dtype=torch.float32, device=CPU, backend="auto", split=True)
+    net = FastNetwork(model, dtype=torch.float32, device=CPU, backend="auto", products="bfloat16x3")
     rows, maps = torch.randn(1, 256, 4, C), net.new_maps(1)
     net.vote(maps, rows)
     found = maps.flatten(1, 2)[..., model.config.key_dim :]

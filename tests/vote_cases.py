@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dmv_fast.runtime.fold import VoteWeights
+from dmv_fast.runtime.parts import Products
 from dmv_fast.runtime.vote import Chosen, RowVote, SpreadVote, fused_vote, vote_plain
 
 C = 64
@@ -41,11 +42,11 @@ def as_candidates(vote: RowVote | SpreadVote, rows: Tensor) -> Tensor | Chosen:
     return vote.gather(vote.store(rows.flatten(1, 2)), nothing, indices, alike)
 
 
-def fused_float32(rows: Tensor, weights: VoteWeights, *, split: bool = False) -> Tensor:
+def fused_float32(rows: Tensor, weights: VoteWeights, *, products: Products = "own") -> Tensor:
     """By fused_vote, into room with neighbours, which has to leave those alone."""
     width = len(weights.out)
     room = torch.full((*rows.shape[:2], width + 44), torch.nan)
-    vote = fused_vote(weights, torch.float32, torch.device("cpu"), split=split)
+    vote = fused_vote(weights, torch.float32, torch.device("cpu"), products=products)
     vote(as_candidates(vote, rows), room[..., 44:])
     assert room[..., :44].isnan().all()
     return room[..., 44:]

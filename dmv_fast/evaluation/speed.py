@@ -28,6 +28,7 @@ from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.model.memory import MemoryPolicy
 from dmv_fast.model.pick import PickConfig
 from dmv_fast.multi import MultiTracker
+from dmv_fast.runtime.convolution import int16_runs
 from dmv_fast.runtime.frame import FrameStep
 from dmv_fast.runtime.load import frame_step_for
 from dmv_fast.runtime.network import FastNetwork
@@ -240,8 +241,10 @@ class Bench:
 
     def path(self) -> None:
         """The fast path against itself in other number formats, and against the plain reference."""
-        dtype = without_auto(self.base.dtype, self.frame_step(self.base).network.device)
-        others = [other for other in ("bfloat16", "float32") if other != dtype]
+        device = self.frame_step(self.base).network.device
+        dtype = without_auto(self.base.dtype, device)
+        formats = ["bfloat16", "float32", *(["int16"] if device.type == "cpu" and int16_runs() else [])]
+        others = [other for other in formats if other != dtype]
         settings = {
             "fast": self.base,
             **{f"fast {other}": replace(self.base, dtype=other) for other in others},

@@ -21,18 +21,21 @@ from dmv_fast.runtime.fold import (
     panels,
     scaled,
     weights_at_points,
+    whole_panels,
 )
-from dmv_fast.runtime.parts import bfloat16_parts
+from dmv_fast.runtime.parts import Products, bfloat16_parts
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # of typing from Python 3.11 on
+    from typing_extensions import NotRequired, Unpack  # of typing from Python 3.11 on
 
 
 class Where(TypedDict):
-    """What every layer is told of where it runs."""
+    """What every layer is told of where, and how, it runs."""
 
     dtype: torch.dtype
     device: torch.device
+    products: NotRequired[Products]
+    """By default "own"."""
 
 
 @functools.cache
@@ -50,21 +53,28 @@ def amx_runs() -> bool:
     return cpu_kernel_runs("convolve_cpu")
 
 
+def int16_runs() -> bool:
+    """Whether products of 16-bit whole numbers run here: on processors with AVX512_VNNI."""
+    return cpu_kernel_runs("convolve_winograd_int16_cpu")
+
+
 class Convolution:
     """x (B, H, W, C_in) -> relu(scale * convolution + bias), where `relu` says so: (B, h, w, C_out).
 
     `__call__(x, onto)` is a residual block's end: relu(scale * convolution + bias + onto), maybe written over
     onto, which must not be x. scale and bias (C_out,); None is one and zero. oneDNN adds the bias in float32,
     but not at a block's end; our own kernels do always, and that for AMX leaves the scale out of the weights.
-    split: of dtype float32, each number as two of bfloat16, three of whose four products are summed, and two
-    where the weights are bfloat16 numbers; what our own kernel does not take (channels in other than 32s)
-    stays plain float32. That is ours where it is 3 x 3 (csrc/conv_winograd.h) or 1 x 1 (conv_pointwise.h).
+    products, of dtype float32. "bfloat16x3": each number is two of bfloat16, three of whose four products are
+    summed, and two where the weights are bfloat16 numbers. "int16": each row of numbers that is summed over
+    is whole numbers times a scale, right to 1e-4 of the row (csrc/product_panel_int16.h). What our own
+    kernels do not take (channels in other than 16s or 32s) stays plain float32. That is ours where it is
+    3 x 3 (csrc/conv_winograd.h) or 1 x 1 (conv_pointwise.h).
     """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, *, relu: bool, dtype: torch.dtype, device: torch.device,
         scale: Tensor | None = None, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1,
-        split: bool = False,
+        products: Products = "own",
     ):  # fmt: skip
         gpu = hardware.on_gpu(device)
         self._geometry = ([padding] * 2, [stride] * 2, [dilation] * 2, groups)
@@ -73,19 +83,22 @@ class Convolution:
         self._pays: dict[torch.Size, bool] = {}
         self._sizes: dict[torch.Size, tuple[int, ...]] = {}
         on_cpu = not gpu and device.type == "cpu"
-        if on_cpu and _suits_amx(weight, groups, dtype, split):
-            self._run, self._weight = self._amx, _amx_tiles(weight, split)
+        if on_cpu and _suits_amx(weight, groups, dtype, products):
+            self._run, self._weight = self._amx, _amx_tiles(weight, in_parts=products == "bfloat16x3")
             self._scale = torch.ones(len(weight)) if scale is None else scale.float()
             self._wide_bias = _full_bias(weight, bias)
             return
         weight = weight if scale is None else scaled(weight, scale)
-        if on_cpu and dtype == torch.float32 and _suits_winograd(weight, stride, dilation, groups):
-            self._run, self._weight = self._winograd, _winograd_points(weight, stride)
+        winograd = _suits_winograd(weight, stride, dilation, groups)
+        ours = winograd or _suits_pointwise(weight, padding, groups, products)
+        if on_cpu and dtype == torch.float32 and ours:
+            matrices = _winograd_points(weight, stride) if winograd else weight[:, :, 0, 0].detach()
             self._wide_bias = _full_bias(weight, bias)
-            return
-        if on_cpu and dtype == torch.float32 and _suits_pointwise(weight, padding, groups):
-            self._run, self._weight = self._pointwise, panels(weight[:, :, 0, 0].detach().float())
-            self._wide_bias = _full_bias(weight, bias)
+            if products == "int16":
+                self._run = self._winograd_int16 if winograd else self._pointwise_int16
+                self._weight, self._scale = whole_panels(matrices)
+            else:
+                self._run, self._weight = self._winograd if winograd else self._pointwise, panels(matrices)
             return
         if gpu and groups > 1:
             weight, self._geometry = _ungrouped(weight, groups), (*self._geometry[:3], 1)
@@ -102,14 +115,13 @@ class Convolution:
 
     @classmethod
     def of(
-        cls, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, *, relu: bool, split: bool = False,
-        **where: Unpack[Where],
-    ) -> Convolution:  # fmt: skip
+        cls, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, *, relu: bool, **where: Unpack[Where]
+    ) -> Convolution:
         """The layers of the reference network, folded."""
         scale, bias = (None, conv.bias) if norm is None else norm_line(norm)
         return cls(
             conv.weight, bias, scale=scale, relu=relu, stride=conv.stride[0], padding=padding_of(conv),
-            dilation=conv.dilation[0], groups=conv.groups, split=split, **where,
+            dilation=conv.dilation[0], groups=conv.groups, **where,
         )  # fmt: skip
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -135,11 +147,28 @@ class Convolution:
         )
         return out
 
+    def _winograd_int16(self, x: Tensor, onto: Tensor | None) -> Tensor:
+        (padding, _), (stride, _), (dilation, _), groups = self._geometry
+        out, add = self._out(x, onto), onto is not None
+        tensors, geometry = (self._weight, self._scale, self._wide_bias), (stride, padding, dilation, groups)
+        torch.ops.dmv_fast.convolve_winograd_int16_cpu.default(
+            x.contiguous(), *tensors, out, add, self._relu or add, *geometry
+        )
+        return out
+
     def _pointwise(self, x: Tensor, onto: Tensor | None) -> Tensor:
         stride = self._geometry[1][0]
         out, add = self._out(x, onto), onto is not None
         torch.ops.dmv_fast.convolve_pointwise_cpu.default(
             x.contiguous(), self._weight, self._wide_bias, out, add, self._relu or add, stride
+        )
+        return out
+
+    def _pointwise_int16(self, x: Tensor, onto: Tensor | None) -> Tensor:
+        stride = self._geometry[1][0]
+        out, add = self._out(x, onto), onto is not None
+        torch.ops.dmv_fast.convolve_pointwise_int16_cpu.default(
+            x.contiguous(), self._weight, self._scale, self._wide_bias, out, add, self._relu or add, stride
         )
         return out
 
@@ -237,7 +266,7 @@ def cudnn_search(search: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _suits_amx(weight: Tensor, groups: int, dtype: torch.dtype, split: bool) -> bool:
+def _suits_amx(weight: Tensor, groups: int, dtype: torch.dtype, products: Products) -> bool:
     """Whether our own kernel takes this convolution, and takes no longer than oneDNN.
 
     Measured on ResNet18's and ResNet50's shapes: in bfloat16 slower only for 1 x 1 of many channels.
@@ -245,17 +274,19 @@ def _suits_amx(weight: Tensor, groups: int, dtype: torch.dtype, split: bool) -> 
     c_out, c_in, height, width = weight.shape
     if height != width or c_in % 32 or c_out % (32 * groups) or not amx_runs():
         return False
-    return dtype == torch.float32 if split else dtype == torch.bfloat16 and (height > 1 or c_in <= 512)
+    if products == "bfloat16x3":
+        return dtype == torch.float32
+    return dtype == torch.bfloat16 and (height > 1 or c_in <= 512)
 
 
-def _amx_tiles(weight: Tensor, split: bool) -> Tensor:
+def _amx_tiles(weight: Tensor, *, in_parts: bool) -> Tensor:
     """(C_out, C_in, h, w) -> bfloat16 tiles in the order in which csrc/conv_amx.cpp reads them.
 
     A tile is 32 channels in, in pairs, by 16 out. The second parts are left out where all are zero.
     """
     c_out, c_in, height, width = weight.shape
     halves = bfloat16_parts(weight)
-    halves = halves[: 2 if split and halves[1].any() else 1]
+    halves = halves[: 2 if in_parts and halves[1].any() else 1]
     blocks = halves.view(len(halves), c_out // 32, 2, 16, c_in // 32, 16, 2, height, width)
     return blocks.permute(1, 7, 4, 8, 0, 2, 5, 3, 6).contiguous()
 
@@ -269,7 +300,7 @@ def _suits_winograd(weight: Tensor, stride: int, dilation: int, groups: int) -> 
 
 
 def _winograd_points(weight: Tensor, stride: int) -> Tensor:
-    """(C_out, C_in, 3, 3) -> G w G' (36, C_out / 32, C_in, 32), see csrc/conv_winograd.h."""
+    """(C_out, C_in, 3, 3) -> G w G' (36, C_out, C_in), float64, see csrc/conv_winograd.h."""
     g = torch.zeros(6, 3, dtype=torch.float64)
     if stride == 1:
         g = weights_at_points(THREE_TAP_POINTS, 3)
@@ -277,17 +308,17 @@ def _winograd_points(weight: Tensor, stride: int) -> Tensor:
         g[:5, ::2] = weights_at_points(TWO_TAP_POINTS, 2)
         g[5, 1] = 1
     products = torch.kron(g, g) @ weight.detach().double().flatten(2).flatten(0, 1).T  # (36, C_out * C_in)
-    return panels(products.float().view(36, -1, weight.shape[1]))
+    return products.view(36, -1, weight.shape[1])
 
 
-def _suits_pointwise(weight: Tensor, padding: int, groups: int) -> bool:
-    """Whether our own kernel takes this convolution: 1 x 1, of whole vectors of channels, and not of many.
+def _suits_pointwise(weight: Tensor, padding: int, groups: int, products: Products) -> bool:
+    """Whether our own kernel takes this convolution: 1 x 1, of whole vectors of channels.
 
-    Measured on ResNet18's and ResNet50's shapes: up to 40 % less time than oneDNN where that is mostly its
-    call's, 1 to 4 % more from 256 times 1,024 channels on.
+    In float32 not of many. Measured on ResNet18's and ResNet50's shapes: up to 40 % less time than oneDNN
+    where that is mostly its call's, 1 to 4 % more from 256 times 1,024 channels on.
     """
     c_out, c_in, *size = weight.shape
-    whole = c_in % 16 == 0 and c_out % 32 == 0 and c_in * c_out < 256 * 1024
+    whole = c_in % 16 == 0 and c_out % 32 == 0 and (c_in * c_out < 256 * 1024 or products == "int16")
     fits = size == [1, 1] and (padding, groups) == (0, 1) and whole
     return fits and cpu_kernel_runs("convolve_pointwise_cpu")
 

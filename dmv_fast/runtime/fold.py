@@ -32,7 +32,20 @@ def scaled(weight: Tensor, scale: Tensor) -> Tensor:
 
 def panels(weight: Tensor) -> Tensor:
     """(..., C_out, C_in) -> (..., C_out / 32, C_in, 32), as the CPU's float32 products read them."""
-    return weight.unflatten(-2, (-1, 32)).transpose(-1, -2).contiguous()
+    return weight.float().unflatten(-2, (-1, 32)).transpose(-1, -2).contiguous()
+
+
+def whole_panels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as int16 (..., C_out / 32, C_in / 2, 32, 2) times a scale (..., C_out), float32.
+
+    What is summed for one of C_out is at most 65,000 long: see csrc/product_panel_int16.h.
+    """
+    weight = weight.detach().double()
+    length = torch.linalg.vector_norm(weight, dim=-1)
+    scale = torch.maximum(weight.abs().amax(-1) / 32767, length / 65000).clamp(min=1e-30)
+    whole = (weight / scale[..., None]).round().to(torch.int16)
+    pairs = whole.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 32)).transpose(-3, -2)
+    return pairs.contiguous(), scale.float()
 
 
 def weights_at_points(points: Sequence[float], taps: int) -> Tensor:

@@ -13,7 +13,7 @@ from dmv_fast.model.pick import PickConfig
 from dmv_fast.ops.backends import check_backend
 from dmv_fast.ops.retrieve import MAX_K
 from dmv_fast.runtime import hardware
-from dmv_fast.runtime.convolution import amx_runs
+from dmv_fast.runtime.convolution import amx_runs, int16_runs
 from dmv_fast.runtime.frame import FrameStep
 from dmv_fast.runtime.network import FastNetwork, Network, PlainNetwork
 from dmv_fast.runtime.precision import Precision, precision_of
@@ -34,11 +34,14 @@ def load_network(weights: str, device: torch.device, dtype: str, backend: str) -
     slow_half = device.type == "cpu" and not hardware.on_gpu(device) and precision.dtype == torch.float16
     if slow_half and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         raise ValueError("dtype 'float16' does not run on this processor; take 'float32', or 'auto'")
-    if precision.split and not (device.type == "cpu" and amx_runs()):
-        raise ValueError(
-            f"dtype 'bfloat16x3' does not run on {device}: it needs a CPU with AMX (which DMV_FAST_CPU_ISA"
-            " may rule out) and the C++ extension; take 'float32', or 'auto'"
-        )
+    if precision.products != "own":
+        needed = {"bfloat16x3": ("AMX", amx_runs), "int16": ("AVX512_VNNI", int16_runs)}
+        instructions, runs = needed[precision.products]
+        if device.type != "cpu" or not runs():
+            raise ValueError(
+                f"dtype {precision.products!r} does not run on {device}: it needs a CPU with {instructions}"
+                " (which DMV_FAST_CPU_ISA may rule out) and the C++ extension; take 'float32', or 'auto'"
+            )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     path = os.path.abspath(find(weights))  # a relative name is another file in another folder

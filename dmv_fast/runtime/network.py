@@ -15,6 +15,7 @@ from dmv_fast.model.memory import ValueEncoder
 from dmv_fast.ops.screened import pack_keys, packed_width, retrieve_screened, screening_runs
 from dmv_fast.runtime.convolution import Convolution, Where, padding_of, run_chain
 from dmv_fast.runtime.fold import fold_vote
+from dmv_fast.runtime.parts import Products
 from dmv_fast.runtime.rows import Projection, with_length
 from dmv_fast.runtime.trunk import Trunk
 from dmv_fast.runtime.vote import Candidates, MeanBeside, Vote, fused_vote
@@ -82,16 +83,17 @@ class FastNetwork:
     it makes of them (see SpreadVote, MeanBeside). The last V channels of its maps are room for what is
     retrieved, so that the head reads both as one map.
 
-    split: of float32, make large products of bfloat16 ones, of two parts of each number (see Convolution).
+    products: of float32, how large ones are made (see Convolution); of whole numbers in the backbone alone.
     Where products of bytes screen the keys, they are stored packed for that (ops.screened).
     """
 
     def __init__(
-        self, model: DMV, *, dtype: torch.dtype, device: torch.device, backend: str, split: bool = False
+        self, model: DMV, *, dtype: torch.dtype, device: torch.device, backend: str,
+        products: Products = "own",
     ):
         self.model = model
         self.dtype, self.device, self._backend = dtype, device, backend
-        where = Where(dtype=dtype, device=device)
+        where = Where(dtype=dtype, device=device, products=products)
         weights = fold_vote(model.read)
         self._cosine = model.read.similarity == "cosine"
         self._pack_keys = (
@@ -105,18 +107,20 @@ class FastNetwork:
         self.key_width, self.key_dtype = (
             (packed_width(depth), torch.uint8) if self._pack_keys else (depth, dtype)
         )
-        self._trunk = Trunk(model.backbone, split=split, **where)
-        vote, value_in = fused_vote(weights, split=split, backend=backend, **where), weights.value_in
+        self._trunk = Trunk(model.backbone, **where)
+        if products == "int16":  # the rest reads scores and sizes beside features: no one scale suits both
+            where["products"] = "own"
+        vote, value_in = fused_vote(weights, backend=backend, **where), weights.value_in
         self._vote: Vote = vote
         if model.read.mean_beside:
             self._vote = MeanBeside(vote, model.read.null_value.to(device, dtype), backend)
             value_in = torch.cat([value_in, torch.eye(model.config.value_dim, device=value_in.device)])
         self.value_width = self._vote.width
-        self._query_in = Projection(weights.query_in, weights.query_bias, **where)
+        self._query_in = Projection(weights.query_in, weights.query_bias, dtype=dtype, device=device)
         self._temperature = float(model.read.log_temperature.exp())  # used by "cosine" alone
-        self._head, bias = _fold_head(model.head, split=split, **where)
+        self._head, bias = _fold_head(model.head, **where)
         self._head_bias = bias.float().to(device)
-        self._encoder = _Encoder(model.value_encoder, value_in, split=split, **where)
+        self._encoder = _Encoder(model.value_encoder, value_in, **where)
 
     def look(self, crops: Tensor, maps: Tensor | None = None) -> Tensor:
         """As Network.look; maps: where to put them, of the size of `new_maps`."""
@@ -176,7 +180,7 @@ class FastNetwork:
         return with_length(rows, length) if self._cosine else rows.contiguous()
 
 
-def _fold_head(head: BoxHead, *, split: bool, **where: Unpack[Where]) -> tuple[list[Convolution], Tensor]:
+def _fold_head(head: BoxHead, **where: Unpack[Where]) -> tuple[list[Convolution], Tensor]:
     """Both branches side by side: (B, H, W, D + V) -> (B, H, W, A + 4 A or more), logits first.
 
     The last bias is left to be added, in float32. Channels are filled up to 32s, the matrix units' measure.
@@ -192,9 +196,9 @@ def _fold_head(head: BoxHead, *, split: bool, **where: Unpack[Where]) -> tuple[l
     weight = torch.block_diag(*(w[:, :, 0, 0] for w in last))[:, :, None, None]
     weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % 32))
     convolutions = [
-        Convolution(torch.cat(first), bias1, relu=True, padding=1, split=split, **where),
-        Convolution(torch.cat(second), bias2, relu=True, padding=1, groups=2, split=split, **where),
-        Convolution(weight, None, relu=False, split=split, **where),
+        Convolution(torch.cat(first), bias1, relu=True, padding=1, **where),
+        Convolution(torch.cat(second), bias2, relu=True, padding=1, groups=2, **where),
+        Convolution(weight, None, relu=False, **where),
     ]
     return convolutions, bias
 
@@ -210,16 +214,19 @@ class _Encoder:
     Of x the channels are filled up to 32s, the matrix units' measure.
     """
 
-    def __init__(self, encoder: ValueEncoder, value_in: Tensor, *, split: bool, **where: Unpack[Where]):
+    def __init__(self, encoder: ValueEncoder, value_in: Tensor, **where: Unpack[Where]):
         conv1, conv2, norm = encoder.conv1, encoder.conv2, encoder.norm
         # The layer norm's mean is taken out of the convolution, its scale and shift go into the projection.
         weight2, bias2 = _weight_and_bias(conv2)
         centred = weight2 - weight2.mean(0), bias2 - bias2.mean()
         weight = F.pad(conv1.weight, (0, 0, 0, 0, 0, -conv1.in_channels % 32))
-        first = Convolution(weight, conv1.bias, relu=True, padding=padding_of(conv1), split=split, **where)
-        second = Convolution(*centred, relu=False, padding=padding_of(conv2), split=split, **where)
+        first = Convolution(weight, conv1.bias, relu=True, padding=padding_of(conv1), **where)
+        second = Convolution(*centred, relu=False, padding=padding_of(conv2), **where)
         self._convolutions = [first, second]
-        self._projection = Projection(value_in * norm.weight, value_in @ norm.bias, epsilon=norm.eps, **where)
+        dtype, device = where["dtype"], where["device"]
+        self._projection = Projection(
+            value_in * norm.weight, value_in @ norm.bias, epsilon=norm.eps, dtype=dtype, device=device
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._projection(run_chain(self._convolutions, x).flatten(1, 2))

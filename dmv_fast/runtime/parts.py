@@ -1,9 +1,14 @@
-"""A float32 number as two of bfloat16, v = v_0 + v_1 within 2^-17 |v|: what large products are made of."""
+"""What large products of float32 numbers are made of, where a processor multiplies smaller ones faster."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Products = Literal["own", "bfloat16x3", "int16"]
+"""Themselves; two bfloat16 parts of each, within 2^-17; 16-bit whole numbers times a row's scale."""
 
 
 def bfloat16_parts(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.convolution import Convolution, amx_runs
 from dmv_fast.runtime.fold import FOUR_TAP_POINTS, THREE_TAP_POINTS, panels, weights_at_points
-from dmv_fast.runtime.parts import bfloat16_parts
+from dmv_fast.runtime.parts import Products, bfloat16_parts
 from dmv_fast.vision.crop import CROP_SIZE
 
 # Channels of a pixel on a GPU, the last of them zero: with 3, cuDNN would copy them into 8 by itself.
@@ -24,14 +24,15 @@ GPU_CHANNELS = 8
 
 
 def pixels_to_map(
-    weight: Tensor, bias: Tensor, mean: Tensor, *, dtype: torch.dtype, device: torch.device, split: bool
-) -> Callable[[Tensor], Tensor]:
+    weight: Tensor, bias: Tensor, mean: Tensor, *, dtype: torch.dtype, device: torch.device,
+    products: Products,
+) -> Callable[[Tensor], Tensor]:  # fmt: skip
     """Crops (B, 256, 256, 3) uint8 BGR -> (B, 64, 64, C) of `dtype`.
 
     weight (C, 3, 7, 7) on pixel - mean, bias (C,), mean (3,).
     """
     cpu = device.type == "cpu" and not hardware.on_gpu(device)
-    if cpu and (split or dtype == torch.bfloat16) and amx_runs():
+    if cpu and (products == "bfloat16x3" or dtype == torch.bfloat16) and amx_runs():
         return PixelsAmx(weight, bias, mean, dtype)
     if cpu and dtype == torch.float32 and cpu_kernel_runs("convolve_pixels_float32_cpu"):
         return PixelsFloat32(weight, bias, mean)

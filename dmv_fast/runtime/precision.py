@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dmv_fast.runtime.convolution import Convolution, amx_runs
+from dmv_fast.runtime.parts import Products
 
 _WORTH = 0.8  # bfloat16 must take at most this share of float32's time
 _REPEATS = 7
@@ -19,15 +20,16 @@ class Precision(NamedTuple):
     """What a frame's numbers are."""
 
     dtype: torch.dtype
-    split: bool = False
-    """Whether large products of float32 are made of those of bfloat16 parts (FastNetwork)."""
+    products: Products = "own"
+    """How large ones of float32 are made (FastNetwork)."""
 
 
 _NAMED = {
     "float32": Precision(torch.float32),
     "bfloat16": Precision(torch.bfloat16),
     "float16": Precision(torch.float16),
-    "bfloat16x3": Precision(torch.float32, split=True),
+    "bfloat16x3": Precision(torch.float32, "bfloat16x3"),
+    "int16": Precision(torch.float32, "int16"),
 }
 
 

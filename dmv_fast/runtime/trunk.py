@@ -28,12 +28,12 @@ _TOGETHER_BY_TILES = 4
 class Block:
     """A residual block of either kind: a chain of convolutions and a shortcut."""
 
-    def __init__(self, block: BasicBlock | BottleneckBlock, *, split: bool = False, **where: Unpack[Where]):
+    def __init__(self, block: BasicBlock | BottleneckBlock, **where: Unpack[Where]):
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if not isinstance(block, BasicBlock):
             pairs.append((block.conv3, block.bn3))
         *first, (last, last_norm) = pairs
-        self._chain = [Convolution.of(*pair, relu=True, split=split, **where) for pair in first]
+        self._chain = [Convolution.of(*pair, relu=True, **where) for pair in first]
         scale, shift = norm_line(last_norm)
         here: Tensor | None = shift
         self._shortcut = None
@@ -44,11 +44,11 @@ class Block:
             total = shift + beside
             here, there = (total, None) if hardware.on_gpu(where["device"]) else (None, total)
             self._shortcut = Convolution(
-                conv.weight, there, scale=across, relu=False, stride=conv.stride[0], split=split, **where
+                conv.weight, there, scale=across, relu=False, stride=conv.stride[0], **where
             )
         self._last = Convolution(
             last.weight, here, scale=scale, relu=True, padding=padding_of(last), dilation=last.dilation[0],
-            split=split, **where,
+            **where,
         )  # fmt: skip
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -60,21 +60,18 @@ class Block:
 class Trunk:
     """The reference's Backbone on (B, H, W, C). Batch norm is folded, of `normalise` all but the mean."""
 
-    def __init__(self, backbone: Backbone, *, dtype: torch.dtype, device: torch.device, split: bool = False):
-        where = Where(dtype=dtype, device=device)
-        self._gpu = hardware.on_gpu(device)
+    def __init__(self, backbone: Backbone, **where: Unpack[Where]):
+        self._gpu = hardware.on_gpu(where["device"])
         self._together = 0 if self._gpu else _TOGETHER_BY_TILES if amx_runs() else 1
         scale, bias = norm_line(backbone.bn1)
         weight, mean = fold_pixels(scaled(backbone.conv1.weight, scale), STD), 255 * torch.tensor(MEAN[::-1])
-        self._conv1 = pixels_to_map(weight, bias, mean, split=split, **where)
+        self._conv1 = pixels_to_map(weight, bias, mean, **where)
         stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
-        *self._stem, self._layer4 = (
-            [Block(b, split=split, **where) for b in blocks_of(stage)] for stage in stages
-        )
+        *self._stem, self._layer4 = ([Block(b, **where) for b in blocks_of(stage)] for stage in stages)
         necks = backbone.neck3, backbone.neck4
-        self._necks = [_neck(neck, biased=not self._gpu, split=split, **where) for neck in necks]
+        self._necks = [_neck(neck, biased=not self._gpu, **where) for neck in necks]
         biases = [_last(neck)[1] for neck in necks]
-        self._neck_bias = torch.cat(biases).to(device) if self._gpu else None
+        self._neck_bias = torch.cat(biases).to(where["device"]) if self._gpu else None
         self._unit_scale = backbone.unit_scale
 
     def __call__(self, crops: Tensor, out: Tensor) -> None:
@@ -96,12 +93,12 @@ class Trunk:
         return x
 
 
-def _neck(neck: nn.Sequential, *, biased: bool, split: bool, **where: Unpack[Where]) -> list[Convolution]:
+def _neck(neck: nn.Sequential, *, biased: bool, **where: Unpack[Where]) -> list[Convolution]:
     weight, bias = _last(neck)
     return [
-        Convolution.of(*conv_and_norm(neck, 0), relu=True, split=split, **where),
-        Convolution.of(*conv_and_norm(neck, 3), relu=True, split=split, **where),
-        Convolution(weight, bias if biased else None, relu=False, split=split, **where),
+        Convolution.of(*conv_and_norm(neck, 0), relu=True, **where),
+        Convolution.of(*conv_and_norm(neck, 3), relu=True, **where),
+        Convolution(weight, bias if biased else None, relu=False, **where),
     ]
 
 

@@ -15,7 +15,7 @@ from dmv_fast import ops
 from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.runtime import hardware
 from dmv_fast.runtime.fold import VoteWeights, panels
-from dmv_fast.runtime.parts import bfloat16_parts
+from dmv_fast.runtime.parts import Products, bfloat16_parts
 
 _FUSED_WIDTH = 64  # C that the fused kernels are written for
 _FUSED_HEADS = 8  # heads that the float32 kernel always runs; missing ones are zero
@@ -172,12 +172,12 @@ def spread_rows(weights: VoteWeights) -> Tensor:
 
 
 def fused_vote(
-    weights: VoteWeights, dtype: torch.dtype, device: torch.device, *, split: bool = False,
-    backend: str = "auto",
+    weights: VoteWeights, dtype: torch.dtype, device: torch.device, *,
+    products: Products = "own", backend: str = "auto",
 ) -> RowVote | SpreadVote:  # fmt: skip
     """The vote of this device, its weights brought into its layout.
 
-    split: of float32, products made of two bfloat16 parts of each number where the processor has AMX.
+    products: of float32; "bfloat16x3" where the processor has AMX.
     backend: of the gather.
     """
     width, value_width = weights.mix.shape[0], weights.out.shape[0]
@@ -191,7 +191,7 @@ def fused_vote(
         return RowVote(make_vote(weights, dtype, device), weights.null.to(device, dtype), backend)
     if half and dtype == torch.bfloat16 and on_cpu and cpu_kernel_runs("vote_cpu"):
         run = _cpu_vote(weights)
-    elif fits and split and not half and on_cpu and cpu_kernel_runs("vote_split_cpu"):
+    elif fits and products == "bfloat16x3" and not half and on_cpu and cpu_kernel_runs("vote_split_cpu"):
         run = _split_vote(weights)
     elif fits and not half and on_cpu and backend in ("auto", "cpu") and cpu_kernel_runs("vote_float32_cpu"):
         return SpreadVote(weights)
