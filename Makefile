@@ -20,7 +20,7 @@ help:
 	@echo 'make demo   track a target in a real clip: annotated video, boxes and a contact sheet in demo_out/'
 	@echo 'make test   the whole test suite'
 	@echo 'make lint   ruff'
-	@echo 'make bench  time everything on this processor, about ten minutes: benchmarks/results/'
+	@echo 'make bench  time everything on this processor, a quarter of an hour: benchmarks/results/'
 	@echo 'make gpu    on a machine with an NVIDIA GPU, tests and timings there, 9 minutes: benchmarks/results/'
 	@echo 'make clean  remove .venv and everything built'
 

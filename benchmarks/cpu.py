@@ -1,6 +1,6 @@
 """Every benchmark of a machine without a GPU, results into benchmarks/results/MACHINE/ (`make bench`).
 
-    python benchmarks/cpu.py                        about ten minutes on two cores with nothing else running
+    python benchmarks/cpu.py                        a quarter of an hour on two cores, nothing else running
     python benchmarks/cpu.py --nano-dir ONNX        OpenCV's TrackerNano among the peers
 
 Each part runs in a process of its own and leaves its files as it ends; one that fails does not stop the rest.
@@ -17,6 +17,8 @@ from pathlib import Path
 
 from retrieve import RESULTS, folder_of, machine
 
+from dmv_fast.runtime.convolution import int16_runs
+
 HERE = Path(__file__).parent
 
 
@@ -24,8 +26,10 @@ def parts(folder: Path, nano_dir: Path | None) -> dict[str, list[str]]:
     """name -> what Python is called with."""
     bench = ["-m", "dmv_fast", "bench", "--device", "cpu", "--output", str(folder)]
     nano = ["--nano-dir", str(nano_dir)] if nano_dir else []
+    int16 = ["--dtype", "int16", "--only", "k,memory,network,targets", "--output", str(folder / "int16")]
     return {
         "frame": [*bench, *nano],
+        **({"int16": [*bench, *int16]} if int16_runs() else {}),
         "endurance": [*bench, "--endurance"],
         "retrieve": [
             str(HERE / "retrieve.py"), "--device", "cpu", "--rounds", "4", "--output", str(folder.parent)

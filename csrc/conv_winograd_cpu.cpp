@@ -142,16 +142,16 @@ void convolve_winograd_cpu(
 }
 
 void convolve_winograd_int16_cpu(
-    const Tensor& x, const Tensor& weight,  // [36, C_out / 32, C_in / groups / 2, 32, 2] int16, see convolution.py
+    const Tensor& x, const Tensor& weight,  // [36, C_out / 32, C_in / 2, 32, 2] int16, see convolution.py
     const Tensor& scale,                    // [36, C_out] float32
-    const Tensor& bias, Tensor out, bool add, bool relu, int64_t stride, int64_t padding, int64_t dilation, int64_t groups)
+    const Tensor& bias, Tensor out, bool add, bool relu, int64_t stride, int64_t padding, int64_t dilation)
 {
   STD_TORCH_CHECK(
       convolve_int16_cpu_runs(),
       "convolve_winograd_int16_cpu: this processor has no AVX512_VNNI, or DMV_FAST_CPU_ISA names less");
-  Winograd c = call_of(x, bias, out, add, relu, stride, padding, dilation, groups);
+  Winograd c = call_of(x, bias, out, add, relu, stride, padding, dilation, 1);
   STD_TORCH_CHECK(c.c_in <= kMostRounded, "x: must have at most ", kMostRounded, " channels");
-  c.weight = checked<int16_t>(weight, "weight", ScalarType::Short, kWeights * c.c_out * (c.c_in / groups));
+  c.weight = checked<int16_t>(weight, "weight", ScalarType::Short, kWeights * c.c_out * c.c_in);
   c.weight_scale = checked<float>(scale, "scale", ScalarType::Float, kWeights * c.c_out);
   c.number = sizeof(int16_t);
   if (c.crops > 0) run(c);
@@ -167,7 +167,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
   library.def("convolve_winograd_cpu_runs() -> bool");
   library.def(
       "convolve_winograd_int16_cpu(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor(a!) out, bool add, bool relu,"
-      " int stride, int padding, int dilation, int groups) -> ()");
+      " int stride, int padding, int dilation) -> ()");
   library.def("convolve_winograd_int16_cpu_runs() -> bool");
 }
 

@@ -2,15 +2,16 @@
 // of a pair of them in one instruction, where float32 takes two. Wants product_panel.h before it, and AVX512_VNNI.
 //
 // A row x is stored as round(x s), s = kLongestRow / |x|; a column w of weights likewise, so that |w| is at most 65,000
-// (whole_panels in runtime/fold.py). By Cauchy-Schwarz no sum of their products then leaves 32 bits, whatever the numbers
-// are; rounding moves it by some 1e-5 of |x||w|. A NaN makes its row NaN, as does a number over 1e19; a row under 1e-18 is 0.
+// (whole_panels in runtime/fold.py). By Cauchy-Schwarz no sum of their products then leaves 32 bits, and none has to be
+// watched. Rounding x moves a sum by 1e-5 of |x||w| as a rule, and by sqrt(depth) / 65,534 of it at most. A NaN, an
+// infinity or a number over 1e19 makes its row NaN; a row shorter than 1e-18 counts as zeros.
 #pragma once
 
 namespace dmv_fast {
 namespace {
 
 constexpr float kLongestRow = 32767.0f;  // so that no number of it leaves 16 bits
-constexpr float kShortestRow = 1e-30f;   // of what can be divided by
+constexpr float kShortestRow = 1e-18f;   // whose squares are not yet denormal
 
 // The sum of each vector's lanes, in a lane of its own.
 inline Vector sums_of_lanes(const Vector (&of)[kRoundedTogether]) {
@@ -40,11 +41,11 @@ struct Int16 {
     Scale(const float* of_rows, int64_t row, const float* of_channels, int64_t channel)
         : rows(of_rows + row), channels(of_channels + channel) {}
     Vector operator()(int64_t row, int64_t channel, Vector sum) const {
-      return Lanes::multiply(sum, Lanes::multiply(Lanes::fill(rows[row]), Lanes::load(channels + channel)));
+      return Lanes::multiply(Lanes::multiply(sum, Lanes::fill(rows[row])), Lanes::load(channels + channel));
     }
   };
 
-  // Up to kRoundedTogether rows, `from(i)`, to whole numbers at `to(i)` times scale[i].
+  // Up to kRoundedTogether rows, `from(i)`, to whole numbers at `to(i)` times scale[i]; room for kRoundedTogether scales.
   template <class From, class To>
   static void round_rows(int64_t rows, int64_t depth, From&& from, To&& to, float* scale) {
     Vector squares[kRoundedTogether];
@@ -57,18 +58,18 @@ struct Int16 {
         squares[i] = Lanes::multiply_add(x, x, squares[i]);
       }
     }
-    // The second one of `larger` is NaN's place: then that is what it gives.
-    const Vector length = Lanes::larger(Lanes::fill(kShortestRow), _mm512_sqrt_ps(sums_of_lanes(squares)));
+    Vector length = _mm512_sqrt_ps(sums_of_lanes(squares));
+    length = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(length, Lanes::fill(kShortestRow), _CMP_NLT_UQ), length);  // or NaN
     float fine[kRoundedTogether];
     Lanes::store(fine, Lanes::divide(Lanes::fill(kLongestRow), length));
-    const __mmask16 used = static_cast<__mmask16>((1u << rows) - 1);
-    _mm512_mask_storeu_ps(scale, used, Lanes::multiply(length, Lanes::fill(1 / kLongestRow)));
+    Lanes::store(scale, Lanes::multiply(length, Lanes::fill(1 / kLongestRow)));
     for (int64_t i = 0; i < rows; ++i) {
       const float* const row = from(i);
       int16_t* const whole = to(i);
       for (int64_t k = 0; k < depth; k += kWidth) {
+        // What is not finite becomes 0x80000000, and so 0: the scale is then 0, NaN or infinite.
         const __m512i x = _mm512_cvtps_epi32(Lanes::multiply(Lanes::load(row + k), Lanes::fill(fine[i])));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole + k), _mm512_cvtsepi32_epi16(x));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole + k), _mm512_cvtepi32_epi16(x));
       }
     }
   }

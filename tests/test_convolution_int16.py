@@ -45,7 +45,7 @@ def test_three_by_three_is_near_float64(geometry):
     x = random_map(batch, c_in, height, width)
     for relu, residual in ((True, False), (False, False), (True, True)):
         made = make(weight, bias, relu=relu, **where)
-        assert made._run == made._winograd_int16
+        assert made._run == (made._winograd_int16 if groups == 1 else made._winograd)
         expected = convolved(x.double(), weight.double(), bias.double(), **where)
         onto = torch.randn(expected.shape) if residual else None
         if residual:
@@ -131,17 +131,26 @@ def test_nothing_is_nothing(size):
 
 
 @needs_int16
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
-def test_what_is_no_number_stays_in_its_row(bad):
-    """NaN or infinity there, and the other pixels as if nothing were."""
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_what_is_no_number_stays_in_its_row(bad, relu):
+    """NaN there, and the other pixels as if nothing were."""
     torch.manual_seed(0)
-    made, x = make(random_weight(32, 64, 1)), random_map(1, 64, 4, 4)
+    made, x = make(random_weight(32, 64, 1), relu=relu), random_map(1, 64, 4, 4)
     expected = made(x)
     x[0, 1, 2, 5] = bad
     found = made(x)
     there = torch.zeros(1, 4, 4, 32, dtype=torch.bool)
     there[0, 1, 2] = True
-    assert torch.equal(found[~there], expected[~there]) and not found[there].isfinite().any()
+    assert torch.equal(found[~there], expected[~there]) and found[there].isnan().all()
+
+
+@needs_int16
+@pytest.mark.parametrize("size", [1e-19, 1e-22, 1e-30, 1e-44])
+def test_what_is_next_to_nothing_is_nothing(size):
+    """Squares that are denormal would make a row seem shorter than it is."""
+    found = make(torch.ones(32, 32, 1, 1))(torch.full((1, 2, 2, 32), size))
+    assert torch.equal(found, torch.zeros(1, 2, 2, 32))
 
 
 @needs_int16
@@ -178,9 +187,19 @@ def test_wrong_tensors_are_refused():
         made._scale = scale
         with pytest.raises(RuntimeError, match="out: must not lie in x"):
             made(x, onto=x)
-    wide = make(torch.zeros(32, 4112, 1, 1))
-    with pytest.raises(RuntimeError, match="x: must have at most 4096 channels"):
-        wide(torch.ones(1, 2, 2, 4112))
+    for size in (1, 3):
+        wide = make(torch.zeros(32, 4112, size, size), padding=size // 2)
+        with pytest.raises(RuntimeError, match="x: must have at most 4096 channels"):
+            wide(torch.ones(1, 2, 2, 4112))
+
+
+@needs_int16
+@pytest.mark.parametrize("size", [1, 3])
+def test_channels_may_lie_anyhow(size):
+    torch.manual_seed(0)
+    made, x = make(random_weight(32, 64, size), padding=size // 2), random_map(1, 64, 9, 7)
+    apart = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert not apart.is_contiguous() and torch.equal(made(apart), made(x))
 
 
 @needs_int16
@@ -190,13 +209,29 @@ def test_network_of_it_is_near_the_reference(backbone):
     torch.manual_seed(0)
     model = DMV(DMVConfig(backbone=backbone)).eval().requires_grad_(False)
     fast = FastNetwork(model, dtype=torch.float32, device=CPU, backend="auto", products="int16")
-    runs = {c._run.__name__ for chain in fast._trunk._necks for c in chain}
-    assert runs == {"_winograd_int16", "_pointwise_int16"}
+    blocks = [block for stage in (*fast._trunk._stem, fast._trunk._layer4) for block in stage]
+    trunk = [c for chain in (*fast._trunk._necks, *(block._chain for block in blocks)) for c in chain]
+    trunk += [c for block in blocks for c in (block._shortcut, block._last) if c is not None]
+    assert {c._run.__name__ for c in trunk} == {"_winograd_int16", "_pointwise_int16"}
     assert not any("int16" in c._run.__name__ for c in (*fast._head, *fast._encoder._convolutions))
     crops = torch.randint(0, 256, (2, 256, 256, 3), dtype=torch.uint8)
     features = fast.look(crops)[..., : model.config.key_dim]
     expected = model.backbone(normalise(crops)).permute(0, 2, 3, 1)
     assert 1e-6 < off(features, expected) < 5e-3
+
+
+@needs_int16
+def test_a_tracker_of_it_finds_what_float32_does():
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (180, 240, 3), dtype=torch.uint8)
+    frames = [image.roll(2 * step, dims=1).numpy() for step in range(4)]
+    boxes = []
+    for dtype in ("int16", "float32"):
+        tracker = FastDMVTracker(device="cpu", dtype=dtype)
+        tracker.init(frames[0], (90, 60, 40, 50))
+        boxes.append(torch.tensor([tracker.track(frame).box for frame in frames[1:]]))
+    assert not torch.equal(*boxes)  # it is another network
+    torch.testing.assert_close(*boxes, atol=1.0, rtol=0)
 
 
 def test_a_processor_without_it_says_so(monkeypatch):
@@ -205,7 +240,8 @@ def test_a_processor_without_it_says_so(monkeypatch):
         FastDMVTracker(device="cpu", dtype="int16")
     if int16_runs():
         monkeypatch.setenv("DMV_FAST_CPU_ISA", "")
-        made = make(torch.ones(32, 32, 1, 1))
+        one, three = make(torch.ones(32, 32, 1, 1)), make(torch.ones(32, 32, 3, 3), padding=1)
         monkeypatch.setenv("DMV_FAST_CPU_ISA", "avx2")
-        with pytest.raises(RuntimeError, match="convolve_pointwise_int16_cpu: .* no AVX512_VNNI"):
-            made(torch.ones(1, 2, 2, 32))
+        for made, name in ((one, "pointwise"), (three, "winograd")):
+            with pytest.raises(RuntimeError, match=f"convolve_{name}_int16_cpu: .* no AVX512_VNNI"):
+                made(torch.ones(1, 4, 4, 32))

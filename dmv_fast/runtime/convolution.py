@@ -66,9 +66,9 @@ class Convolution:
     but not at a block's end; our own kernels do always, and that for AMX leaves the scale out of the weights.
     products, of dtype float32. "bfloat16x3": each number is two of bfloat16, three of whose four products are
     summed, and two where the weights are bfloat16 numbers. "int16": each row of numbers that is summed over
-    is whole numbers times a scale, right to 1e-4 of the row (csrc/product_panel_int16.h). What our own
-    kernels do not take (channels in other than 16s or 32s) stays plain float32. That is ours where it is
-    3 x 3 (csrc/conv_winograd.h) or 1 x 1 (conv_pointwise.h).
+    is whole numbers times a scale, right to 1e-4 of the row or so (csrc/product_panel_int16.h). What our own
+    kernels do not take (channels in other than 16s or 32s; "int16": groups) stays plain float32. That is ours
+    where it is 3 x 3 (csrc/conv_winograd.h) or 1 x 1 (conv_pointwise.h).
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Convolution:
         if on_cpu and dtype == torch.float32 and ours:
             matrices = _winograd_points(weight, stride) if winograd else weight[:, :, 0, 0].detach()
             self._wide_bias = _full_bias(weight, bias)
-            if products == "int16":
+            if products == "int16" and groups == 1:
                 self._run = self._winograd_int16 if winograd else self._pointwise_int16
                 self._weight, self._scale = whole_panels(matrices)
             else:
@@ -148,9 +148,9 @@ class Convolution:
         return out
 
     def _winograd_int16(self, x: Tensor, onto: Tensor | None) -> Tensor:
-        (padding, _), (stride, _), (dilation, _), groups = self._geometry
+        (padding, _), (stride, _), (dilation, _), _ = self._geometry
         out, add = self._out(x, onto), onto is not None
-        tensors, geometry = (self._weight, self._scale, self._wide_bias), (stride, padding, dilation, groups)
+        tensors, geometry = (self._weight, self._scale, self._wide_bias), (stride, padding, dilation)
         torch.ops.dmv_fast.convolve_winograd_int16_cpu.default(
             x.contiguous(), *tensors, out, add, self._relu or add, *geometry
         )
