@@ -129,7 +129,7 @@ def test_pixels_to_pooled_map(isa, shape):
 @pytest.mark.parametrize("isa, kind", [("avx2", PixelsFloat32), ("generic", Pixels)])
 def test_the_first_stage_of_float32(monkeypatch, isa, kind):
     monkeypatch.setenv("DMV_FAST_CPU_ISA", isa)
-    where = {"dtype": torch.float32, "device": CPU, "products": "own"}
+    where = {"dtype": torch.float32, "device": CPU}
     assert isinstance(pixels_to_map(torch.zeros(64, 3, 7, 7), torch.zeros(64), MEAN, **where), kind)
 
 

@@ -25,7 +25,7 @@ GPU_CHANNELS = 8
 
 def pixels_to_map(
     weight: Tensor, bias: Tensor, mean: Tensor, *, dtype: torch.dtype, device: torch.device,
-    products: Products,
+    products: Products = "own",
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
     """Crops (B, 256, 256, 3) uint8 BGR -> (B, 64, 64, C) of `dtype`.
 
