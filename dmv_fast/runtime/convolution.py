@@ -89,9 +89,9 @@ class Convolution:
             self._wide_bias = _full_bias(weight, bias)
             return
         weight = weight if scale is None else scaled(weight, scale)
-        winograd = _suits_winograd(weight, stride, dilation, groups)
-        ours = winograd or _suits_pointwise(weight, padding, groups, products)
-        if on_cpu and dtype == torch.float32 and ours:
+        plain = on_cpu and dtype == torch.float32
+        winograd = plain and _suits_winograd(weight, stride, dilation, groups)
+        if winograd or (plain and _suits_pointwise(weight, padding, groups, products)):
             matrices = _winograd_points(weight, stride) if winograd else weight[:, :, 0, 0].detach()
             self._wide_bias = _full_bias(weight, bias)
             if products == "int16" and groups == 1:
