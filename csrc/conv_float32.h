@@ -15,10 +15,9 @@ constexpr int64_t kTileStep = 8;    // tiles are counted up to whole numbers of 
 constexpr int64_t kLineBytes = 64;  // of a cache line ...
 constexpr int64_t kCacheLine = 16;  // ... and floats
 
-// Of products of whole numbers, int16 (product_panel_int16.h): whether they run, rows that are rounded in one go, and the
-// most channels whose rounding leaves sums under 2^31.
+// Of products of whole numbers, int16 (product_panel_int16.h): whether they run, and the most channels whose rounding leaves
+// sums under 2^31.
 inline bool convolve_int16_cpu_runs() { return allowed(Isa::avx512) && has_vnni(); }
-constexpr int kRoundedTogether = 16;
 constexpr int64_t kMostRounded = 4096;
 
 struct TilePlace {

@@ -5,16 +5,14 @@ namespace dmv_fast {
 namespace {
 
 // `pixels` of x from `first` on, read by `stride`, to rows a cache line more than their length apart; zeros up to `whole`.
-template <class Number, class Product>
+template <class Product, class Number>
 void lay_out(const Pointwise& c, int64_t first, int64_t pixels, int64_t whole, Number* to, float* scales) {
-  for (int64_t i = 0; i < pixels; i += Product::kRounds ? kRoundedTogether : 1) {
-    const auto from = [&](int64_t row) { return c.under(first + i + row); };
-    const auto at = [&](int64_t row) { return to + (i + row) * c.pitch(); };
-    if constexpr (Product::kRounds)
-      Product::round_rows(pixels - i < kRoundedTogether ? pixels - i : kRoundedTogether, c.c_in, from, at, scales + i);
-    else
-      __builtin_memcpy(at(0), from(0), c.c_in * sizeof(Number));
-  }
+  const auto from = [&](int64_t i) { return c.under(first + i); };
+  const auto at = [&](int64_t i) { return to + i * c.pitch(); };
+  if constexpr (Product::kRounds)
+    Product::round_rows(pixels, c.c_in, from, at, [&](int64_t i, float scale) { scales[i] = scale; });
+  else
+    for (int64_t i = 0; i < pixels; ++i) __builtin_memcpy(at(i), from(i), c.c_in * sizeof(Number));
   __builtin_memset(to + pixels * c.pitch(), 0, (whole - pixels) * c.pitch() * sizeof(Number));
 }
 
@@ -29,7 +27,7 @@ void convolve_pointwise(const Pointwise& c, int64_t first, int64_t last, void* r
   for (int64_t until; first < last; first = until) {
     until = first + kPixelStep < last ? first + kPixelStep : last;
     const int64_t whole = (until - first + kRowsTogether - 1) / kRowsTogether * kRowsTogether;
-    lay_out<Number, Product>(c, first, until - first, whole, rows, scales);
+    lay_out<Product>(c, first, until - first, whole, rows, scales);
     for (int64_t panel = 0; panel < c.c_out; panel += kPanel)
       for (int64_t row = 0; row < whole; row += kRowsTogether) {
         float* const out = c.out + (first + row) * c.c_out + panel;

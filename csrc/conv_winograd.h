@@ -114,20 +114,6 @@ inline void group_to_points(const float* const* pixels, int64_t k, float* to, in
   }
 }
 
-// A tile's points, `plane` apart in float32, to whole numbers, each point with a scale of its own.
-template <class Product>
-void round_points(const Winograd& c, int64_t tile, const float* points, int64_t plane) {
-  auto* const to = static_cast<typename Product::Number*>(c.points) + tile * c.pitch_in();
-  for (int64_t first = 0; first < c.points_of_all(); first += kRoundedTogether) {
-    const int64_t left = c.points_of_all() - first, rows = left < kRoundedTogether ? left : kRoundedTogether;
-    float scale[kRoundedTogether];
-    Product::round_rows(
-        rows, c.c_in, [&](int64_t i) { return points + (first + i) * plane; },
-        [&](int64_t i) { return to + (first + i) * c.plane_in(); }, scale);
-    for (int64_t i = 0; i < rows; ++i) c.point_scale[(first + i) * c.together + tile] = scale[i];
-  }
-}
-
 // Tiles first..last of x, as points of their own: [points][tiles][channels].
 template <int kStride, class Product>
 void tiles_to_points(const Winograd& c, int64_t first, int64_t last, int64_t from_tile, int64_t part) {
@@ -141,19 +127,24 @@ void tiles_to_points(const Winograd& c, int64_t first, int64_t last, int64_t fro
       const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width && tile < c.tiles();
       pixels[i] = inside ? c.x + ((place.crop * c.height + y) * c.width + x) * c.c_in : c.zeros;
     }
+    auto* const points = static_cast<typename Product::Number*>(c.points) + (tile - from_tile) * c.pitch_in();
     float* to;
     int64_t plane;
     if constexpr (Product::kRounds)
       to = c.rounding + part * c.rounding_of_part(), plane = c.plane_rounding();
     else
-      to = static_cast<float*>(c.points) + (tile - from_tile) * c.pitch_in(), plane = c.plane_in();
+      to = points, plane = c.plane_in();
     for (int64_t k = 0; k < c.c_in; k += kWidth) {
       group_to_points<kStride, 0>(pixels, k, to, plane);
       group_to_points<kStride, 1>(pixels, k, to, plane);
       group_to_points<kStride, 2>(pixels, k, to, plane);
       group_to_points<kStride, 3>(pixels, k, to, plane);
     }
-    if constexpr (Product::kRounds) round_points<Product>(c, tile - from_tile, to, plane);
+    if constexpr (Product::kRounds)
+      Product::round_rows(
+          c.points_of_all(), c.c_in, [&](int64_t i) { return to + i * plane; },
+          [&](int64_t i) { return points + i * c.plane_in(); },
+          [&](int64_t i, float scale) { c.point_scale[i * c.together + tile - from_tile] = scale; });
   }
 }
 

@@ -12,6 +12,7 @@ namespace {
 
 constexpr float kLongestRow = 32767.0f;  // so that no number of it leaves 16 bits
 constexpr float kShortestRow = 1e-18f;   // whose squares are not yet denormal
+constexpr int kRoundedTogether = 16;     // rows, whose lengths are found together
 
 // The sum of each vector's lanes, in a lane of its own.
 inline Vector sums_of_lanes(const Vector (&of)[kRoundedTogether]) {
@@ -45,9 +46,21 @@ struct Int16 {
     }
   };
 
-  // Up to kRoundedTogether rows, `from(i)`, to whole numbers at `to(i)` times scale[i]; room for kRoundedTogether scales.
+  // Rows, `from(i)`, to whole numbers at `to(i)` times a scale, put(i, scale).
+  template <class From, class To, class Put>
+  static void round_rows(int64_t rows, int64_t depth, From&& from, To&& to, Put&& put) {
+    for (int64_t first = 0; first < rows; first += kRoundedTogether) {
+      const int64_t some = rows - first < kRoundedTogether ? rows - first : kRoundedTogether;
+      float scale[kRoundedTogether];
+      round_some(
+          some, depth, [&](int64_t i) { return from(first + i); }, [&](int64_t i) { return to(first + i); }, scale);
+      for (int64_t i = 0; i < some; ++i) put(first + i, scale[i]);
+    }
+  }
+
+ private:
   template <class From, class To>
-  static void round_rows(int64_t rows, int64_t depth, From&& from, To&& to, float* scale) {
+  static void round_some(int64_t rows, int64_t depth, From&& from, To&& to, float (&scale)[kRoundedTogether]) {
     Vector squares[kRoundedTogether];
     for (int i = 0; i < kRoundedTogether; ++i) {
       squares[i] = Lanes::zero();

@@ -33,3 +33,17 @@ def random_map(batch: int, channels: int, height: int, width: int) -> Tensor:
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, **geometry: int) -> Tensor:
     """F.conv2d of x (B, H, W, C)."""
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **geometry).permute(0, 2, 3, 1)
+
+
+ENDS = ((True, False), (False, False), (True, True))  # of a convolution: does it rectify, and add to a map
+
+
+def expected_end(
+    x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool, residual: bool, **geometry: int
+) -> tuple[Tensor | None, Tensor]:
+    """The map to add to, at random, or None; and in float64 what should come out."""
+    expected = convolved(x.double(), weight.double(), bias.double(), **geometry)
+    onto = torch.randn(expected.shape).to(x.dtype) if residual else None
+    if onto is not None:
+        expected += onto
+    return onto, expected.relu() if relu else expected

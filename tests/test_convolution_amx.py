@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from maps import convolved, random_map
+from maps import ENDS, convolved, expected_end, random_map
 from threads import on_threads
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,15 +73,11 @@ def test_equals_float64(geometry, products):
     x = x if products > 1 else x.bfloat16()
     # The products are exact in bfloat16, the result is rounded once; two parts leave 2^-17 of each factor.
     tolerance = 5e-5 if products > 1 else 2**-8
-    for relu, residual in ((True, False), (False, False), (True, True)):
+    for relu, residual in ENDS:
         made = make(c_in, c_out, kernel, relu=relu, products=products, scaled=residual, **where)
-        expected = convolved(x.double(), made.weight.double(), made.bias.double(), **where)
-        onto = torch.randn(expected.shape).to(x.dtype) if residual else None
-        if residual:
-            expected += onto
-        found = made(x, onto.clone() if residual else None)
+        onto, expected = expected_end(x, made.weight, made.bias, relu=relu, residual=residual, **where)
+        found = made(x, onto)
         assert found.dtype == x.dtype and found.is_contiguous()
-        expected = expected.relu() if relu else expected
         torch.testing.assert_close(
             found.double(), expected, atol=tolerance * (1 if products > 1 else 0.1), rtol=tolerance
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from maps import convolved, random_map
+from maps import ENDS, convolved, expected_end, random_map
 from threads import on_threads
 from torch.nn import functional as F
 
@@ -49,17 +49,14 @@ def pointwise(c_in: int, c_out: int, **how) -> Convolution:
 def test_a_pixel_at_a_time_equals_float64(isa, batch, c_in, c_out, height, width, stride):
     torch.manual_seed(0)
     x = random_map(batch, c_in, height, width)
-    for relu, residual in ((True, False), (False, False), (True, True)):
+    for relu, residual in ENDS:
         made = pointwise(c_in, c_out, relu=relu, stride=stride)
         assert made._run == made._pointwise
-        expected = convolved(x.double(), made.weight.double(), made.bias.double(), stride=stride)
-        onto = torch.randn(expected.shape) if residual else None
-        if residual:
-            expected += onto
-        found = made(x, onto.clone() if residual else None)
+        end = {"relu": relu, "residual": residual}
+        onto, expected = expected_end(x, made.weight, made.bias, stride=stride, **end)
+        found = made(x, onto)
         assert found.shape == expected.shape and found.dtype == torch.float32
         assert found.is_contiguous()
-        expected = expected.relu() if relu else expected
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 

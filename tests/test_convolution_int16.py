@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from maps import THREE_BY_THREE, convolved, random_map
+from maps import ENDS, THREE_BY_THREE, convolved, expected_end, random_map
 from threads import on_threads
 from torch import Tensor
 
@@ -43,16 +43,13 @@ def test_three_by_three_is_near_float64(geometry):
     where = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     weight, bias = random_weight(c_out, c_in // groups, 3), torch.randn(c_out)
     x = random_map(batch, c_in, height, width)
-    for relu, residual in ((True, False), (False, False), (True, True)):
+    for relu, residual in ENDS:
         made = make(weight, bias, relu=relu, **where)
         assert made._run == (made._winograd_int16 if groups == 1 else made._winograd)
-        expected = convolved(x.double(), weight.double(), bias.double(), **where)
-        onto = torch.randn(expected.shape) if residual else None
-        if residual:
-            expected += onto
-        found = made(x, onto.clone() if residual else None)
+        onto, expected = expected_end(x, weight, bias, relu=relu, residual=residual, **where)
+        found = made(x, onto)
         assert found.dtype == torch.float32 and found.is_contiguous()
-        assert off(found, expected.relu() if relu else expected) < 1e-3
+        assert off(found, expected) < 1e-3
 
 
 @needs_int16
@@ -71,16 +68,13 @@ def test_one_by_one_is_near_float64(batch, c_in, c_out, height, width, stride):
     torch.manual_seed(0)
     weight, bias = random_weight(c_out, c_in, 1), torch.randn(c_out)
     x = random_map(batch, c_in, height, width)
-    for relu, residual in ((True, False), (False, False), (True, True)):
+    for relu, residual in ENDS:
         made = make(weight, bias, relu=relu, stride=stride)
         assert made._run == made._pointwise_int16
-        expected = convolved(x.double(), weight.double(), bias.double(), stride=stride)
-        onto = torch.randn(expected.shape) if residual else None
-        if residual:
-            expected += onto
-        found = made(x, onto.clone() if residual else None)
+        onto, expected = expected_end(x, weight, bias, relu=relu, residual=residual, stride=stride)
+        found = made(x, onto)
         assert found.shape == expected.shape
-        assert not batch or off(found, expected.relu() if relu else expected) < 5e-4
+        assert not batch or off(found, expected) < 5e-4
 
 
 @needs_int16

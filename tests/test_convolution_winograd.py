@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from maps import THREE_BY_THREE, convolved, random_map
+from maps import ENDS, THREE_BY_THREE, convolved, expected_end, random_map
 from threads import on_threads
 from torch import Tensor
 
@@ -36,16 +36,12 @@ def test_equals_float64(monkeypatch, geometry, isa):
     torch.manual_seed(0)
     where = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     x = random_map(batch, c_in, height, width)
-    for relu, residual in ((True, False), (False, False), (True, True)):
+    for relu, residual in ENDS:
         made = make(c_in, c_out, relu=relu, **where)
         assert made._run == made._winograd
-        expected = convolved(x.double(), made.weight.double(), made.bias.double(), **where)
-        onto = torch.randn(expected.shape) if residual else None
-        if residual:
-            expected += onto
-        found = made(x, onto.clone() if residual else None)
+        onto, expected = expected_end(x, made.weight, made.bias, relu=relu, residual=residual, **where)
+        found = made(x, onto)
         assert found.dtype == torch.float32 and found.is_contiguous()
-        expected = expected.relu() if relu else expected
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
 
 

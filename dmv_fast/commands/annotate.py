@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dmv_fast.commands import DTYPES
 from dmv_fast.commands.track import CSV_HEADER, Box, parse_box, write_csv_row
 from dmv_fast.files import replaced_when_complete, write_text
 
@@ -254,8 +255,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="dmv18", help="a shipped network or a file (dmv18)")
     parser.add_argument("-k", "--k", type=int, metavar="K", help="candidates a location (the network's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
-    formats = "auto, float32, bfloat16, bfloat16x3, float16, int16 (auto)"
-    parser.add_argument("--dtype", default="auto", help=formats)
+    parser.add_argument("--dtype", default="auto", help=DTYPES)
     parser.add_argument("--backend", default="auto", help="auto, or one that `dmv-fast doctor` lists (auto)")
 
 

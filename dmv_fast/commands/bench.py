@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmv_fast.commands import DTYPES
 from dmv_fast.commands.track import parse_box
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `dmv-fast bench`."""
     parser.add_argument("--weights", default="dmv18", help="a shipped name or a checkpoint (default dmv18)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default auto)")
-    formats = "auto, float32, bfloat16, bfloat16x3, float16, int16 (auto)"
-    parser.add_argument("--dtype", default="auto", help=formats)
+    parser.add_argument("--dtype", default="auto", help=DTYPES)
     parser.add_argument(
         "-k", "--k", type=int, default=4, help="candidates where a section does not vary them (default 4)"
     )

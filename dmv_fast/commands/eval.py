@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from dmv_fast.commands import DTYPES
 from dmv_fast.evaluation import datasets
 from dmv_fast.evaluation.datasets import Sequence
 from dmv_fast.evaluation.results import Results, score_predictions
@@ -34,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="dmv18", help="shipped network or .safetensors file (dmv18)")
     parser.add_argument("-k", "--k", type=int, metavar="K", help="candidates a location (the network's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
-    formats = "auto, float32, bfloat16, bfloat16x3, float16, int16 (auto)"
-    parser.add_argument("--dtype", default="auto", help=formats)
+    parser.add_argument("--dtype", default="auto", help=DTYPES)
     parser.add_argument("--backend", default="auto", help="auto, or one that `dmv-fast doctor` lists (auto)")
     parser.add_argument("--no-memory", action="store_true", help="remember the first frame alone")
     parser.add_argument("--nano-dir", type=Path, metavar="DIR", help="the two .onnx files of opencv:nano")

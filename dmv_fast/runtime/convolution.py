@@ -131,45 +131,34 @@ class Convolution:
 
     def _amx(self, x: Tensor, onto: Tensor | None) -> Tensor:
         (padding, _), (stride, _), (dilation, _), groups = self._geometry
-        out, add = self._out(x, onto), onto is not None
-        geometry = (self._kernel, stride, padding, dilation, groups)
-        torch.ops.dmv_fast.convolve_cpu.default(
-            x.contiguous(), self._weight, self._scale, self._wide_bias, out, add, self._relu or add, *geometry
-        )
-        return out
+        tensors, geometry = (self._weight, self._scale), (self._kernel, stride, padding, dilation, groups)
+        return self._ours(torch.ops.dmv_fast.convolve_cpu.default, x, onto, tensors, geometry)
 
     def _winograd(self, x: Tensor, onto: Tensor | None) -> Tensor:
         (padding, _), (stride, _), (dilation, _), groups = self._geometry
-        out, add = self._out(x, onto), onto is not None
-        geometry = (stride, padding, dilation, groups)
-        torch.ops.dmv_fast.convolve_winograd_cpu.default(
-            x.contiguous(), self._weight, self._wide_bias, out, add, self._relu or add, *geometry
-        )
-        return out
+        run, geometry = torch.ops.dmv_fast.convolve_winograd_cpu.default, (stride, padding, dilation, groups)
+        return self._ours(run, x, onto, (self._weight,), geometry)
 
     def _winograd_int16(self, x: Tensor, onto: Tensor | None) -> Tensor:
         (padding, _), (stride, _), (dilation, _), _ = self._geometry
-        out, add = self._out(x, onto), onto is not None
-        tensors, geometry = (self._weight, self._scale, self._wide_bias), (stride, padding, dilation)
-        torch.ops.dmv_fast.convolve_winograd_int16_cpu.default(
-            x.contiguous(), *tensors, out, add, self._relu or add, *geometry
-        )
-        return out
+        run, geometry = torch.ops.dmv_fast.convolve_winograd_int16_cpu.default, (stride, padding, dilation)
+        return self._ours(run, x, onto, (self._weight, self._scale), geometry)
 
     def _pointwise(self, x: Tensor, onto: Tensor | None) -> Tensor:
-        stride = self._geometry[1][0]
-        out, add = self._out(x, onto), onto is not None
-        torch.ops.dmv_fast.convolve_pointwise_cpu.default(
-            x.contiguous(), self._weight, self._wide_bias, out, add, self._relu or add, stride
-        )
-        return out
+        run, stride = torch.ops.dmv_fast.convolve_pointwise_cpu.default, self._geometry[1][0]
+        return self._ours(run, x, onto, (self._weight,), (stride,))
 
     def _pointwise_int16(self, x: Tensor, onto: Tensor | None) -> Tensor:
-        stride = self._geometry[1][0]
+        run, stride = torch.ops.dmv_fast.convolve_pointwise_int16_cpu.default, self._geometry[1][0]
+        return self._ours(run, x, onto, (self._weight, self._scale), (stride,))
+
+    def _ours(
+        self, run: Callable[..., None], x: Tensor, onto: Tensor | None, tensors: tuple[Tensor, ...],
+        geometry: tuple[int, ...],
+    ) -> Tensor:  # fmt: skip
+        """By one of our operators, which take the same things in the same order."""
         out, add = self._out(x, onto), onto is not None
-        torch.ops.dmv_fast.convolve_pointwise_int16_cpu.default(
-            x.contiguous(), self._weight, self._scale, self._wide_bias, out, add, self._relu or add, stride
-        )
+        run(x.contiguous(), *tensors, self._wide_bias, out, add, self._relu or add, *geometry)
         return out
 
     def _out(self, x: Tensor, onto: Tensor | None) -> Tensor:
