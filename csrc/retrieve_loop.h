@@ -15,6 +15,7 @@ namespace dmv_fast {
 namespace {
 
 constexpr int kGroups = kBlock / kGroup;
+constexpr uint32_t kAllGroups = (uint32_t(1) << kGroups) - 1;
 constexpr int64_t kMaxChunk = 1024;          // keys that stay in the L2 cache while all tiles pass over them:
 constexpr int64_t kChunkBytes = 512 * 1024;  // as many as fill this
 
@@ -100,17 +101,20 @@ struct Chunk {
 
 // The screen of a product that is exact.
 struct NoScreen {
+  static constexpr bool kSums = true;  // every logit enters its query's sum
   struct Reach {
     template <class Chunk>
     explicit Reach(const Chunk&) {}
   };
   template <class Source, class Element>
-  void start(const Source*, int64_t, int64_t, Element*) {}
+  void start(const Source*, int64_t, int64_t, Element*, TileState&) {}
   void face(Reach) {}
   bool bounds() const { return true; }
   void lower(TileState&) const {}
   template <class Chunk, class Element>
-  void refine(const TileState&, const Chunk&, int64_t, const Element*, float*) const {}
+  uint32_t refine(const TileState&, const Chunk&, int64_t, const Element*, float*) const {
+    return kAllGroups;
+  }
 };
 
 // One tile's pass over one chunk: the product of a block of keys is made while the block before is selected from.
@@ -136,13 +140,13 @@ struct Pass {
     running.load_threshold(state);
     for (int64_t key = chunk.begin; key < chunk.end; key += kBlock) {
       float* const block = logits + (key - chunk.begin) * kTile;
-      refine(block, key);
-      select(block, key);
+      select(block, key, refine(block, key));
     }
     finish();
   }
 
   void later() {
+    if constexpr (!Screen::kSums) return later_without_sums();
     float *before = logits, *now = logits + kBlock * kTile;
     chunk.multiply(chunk.begin, queries, before, [](int) {});
     refine(before, chunk.begin);
@@ -156,17 +160,28 @@ struct Pass {
       before = now;
       now = done;
     }
-    select(before, key);
+    select(before, key, kAllGroups);
     finish();
   }
 
  private:
-  void refine(float* block, int64_t key) {
+  // What is left of most blocks when they have been screened is nothing: there is no work to hide.
+  void later_without_sums() {
+    for (int64_t key = chunk.begin; key < chunk.end; key += kBlock) {
+      chunk.multiply(key, queries, logits, [](int) {});
+      select(logits, key, refine(logits, key));
+    }
+    finish();
+  }
+  // Makes exact what may be among the best, and says in which groups that is.
+  uint32_t refine(float* block, int64_t key) {
     cut_off(block, key);
-    screen.refine(state, chunk, key, queries, block);
+    return screen.refine(state, chunk, key, queries, block);
   }
   uint32_t select_group(const float* block, int group) {
-    return uint32_t(accumulate(running, block + group * kGroup * kTile)) << group;
+    const float* const logits = block + group * kGroup * kTile;
+    const bool sums = Screen::kSums || !screen.bounds();
+    return uint32_t(sums ? accumulate(running, logits) : beats(running, logits)) << group;
   }
   void note(const float* block, int64_t key, uint32_t found) {
     if (!found) return;
@@ -177,10 +192,11 @@ struct Pass {
   void cut_off(float* block, int64_t key) {
     for (int64_t i = (chunk.end - key) * kTile; i < kBlock * kTile; ++i) block[i] = -__builtin_inff();
   }
-  void select(float* block, int64_t key) {
+  void select(float* block, int64_t key, uint32_t groups) {
+    if (!groups) return;
     cut_off(block, key);  // once more: a screen may have multiplied the block anew
     uint32_t found = 0;
-    for (int group = 0; group < kGroups; ++group) found |= select_group(block, group);
+    for (; groups; groups &= groups - 1) found |= select_group(block, __builtin_ctz(groups));
     note(block, key, found);
   }
   void finish() {
@@ -218,7 +234,7 @@ void retrieve_tiles(const Retrieval& call, int64_t batch, int64_t first, int64_t
     Element* const packed_tile = queries + t * tile_numbers;
     QueryPacking<Product>::run(first_row, call.query_row_stride, present, call.depth, depth, packed_tile);
     states[t].start(call.k, present);
-    screens[t].start(first_row, call.query_row_stride, depth, packed_tile);
+    screens[t].start(first_row, call.query_row_stride, depth, packed_tile, states[t]);
   }
 
   const auto* memory = reinterpret_cast<const Source*>(call.keys) + batch * call.key_batch_stride;
@@ -240,6 +256,7 @@ void retrieve_tiles(const Retrieval& call, int64_t batch, int64_t first, int64_t
 
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = (first + t) * kTile, place = (batch * call.queries + row) * call.k;
+    if (!Screen::kSums) sum_best(states[t], call.k);
     write_results(states[t], smaller(kTile, call.queries - row), call.k, call.scores + place, call.indices + place);
   }
 }

@@ -101,6 +101,13 @@ inline bool accumulate(Running& running, const float* logits) {
   return Lanes::any_above(highest, running.threshold);
 }
 
+// Whether any of kGroup rows of logits beats its query's threshold.
+inline bool beats(const Running& running, const float* logits) {
+  typename Lanes::Vector highest[kVectors];
+  load_highest(highest, logits);
+  return Lanes::any_above(highest, running.threshold);
+}
+
 // A note of each query on its way down the lists, place by place: it stays behind what it does not beat, and what it
 // does beat moves down a place.
 struct Note {
@@ -220,6 +227,21 @@ inline void raise_threshold(TileState& state, const float* logits, int64_t keys,
         Lanes::multiply(bound, Lanes::fill(1.0f - 0x1p-20f)), Lanes::multiply(bound, Lanes::fill(1.0f + 0x1p-20f)));
     const Vector threshold = Lanes::load(state.threshold + i);
     Lanes::store(state.threshold + i, Lanes::larger(threshold, Lanes::subtract(under, Lanes::fill(1e-30f))));
+  }
+}
+
+// Where not every logit was summed: the sum over those in the lists, the best of them as the shift. A sum that is no number
+// before is none afterwards.
+inline void sum_best(TileState& state, int k) {
+  for (int i = 0; i < kTile; i += Lanes::kWidth) {
+    const auto shift = Lanes::multiply(Lanes::load(state.best[0] + i), Lanes::fill(kLog2e));
+    auto sum = Lanes::multiply(Lanes::load(state.sum + i), Lanes::zero());
+    for (int place = 0; place < k; ++place) {
+      const auto best = Lanes::load(state.best[place] + i);
+      sum = Lanes::add(sum, Lanes::exp2(Lanes::multiply_subtract(best, Lanes::fill(kLog2e), shift)));
+    }
+    Lanes::store(state.shift + i, shift);
+    Lanes::store(state.sum + i, sum);
   }
 }
 

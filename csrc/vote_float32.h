@@ -31,15 +31,8 @@ constexpr int kMates = 2 * Heads::kCandidates;          // candidates whose logi
 constexpr int kLogits = kMates * kMaxHeads;             // of mates, to a neighbour
 constexpr int kLogitVectors = kLogits / Lanes::kWidth;
 constexpr int kAttention = kVoteRows * kMaxHeads + 16;  // of a candidate; 16 more, for rows in other cache sets
+constexpr int kHeard = kMaxHeads * kColumns;            // numbers that a candidate's heads pass on to half of the columns
 constexpr float kNoBias[kQuery] = {};
-
-// What a product takes from the left.
-struct Candidates {
-  static constexpr int kRow = kVoteWidth, kStep = 1;
-};
-struct Attention {
-  static constexpr int kRow = kAttention, kStep = kMaxHeads;
-};
 
 // One of K: what is remembered of its value, and its weight.
 struct Candidate {
@@ -56,15 +49,45 @@ struct alignas(64) VoteFloat32Scratch {
   float keys[(kVoteRows + kKeysAtOnce) * kQuery];           // of d_1 .. d_K-1 of each location
   float logits[(kVoteRows + kKeysAtOnce) * kLogits];        // of mates: [j][kMates][8]
   float attention[(kVoteRows + kMates) * kAttention];       // [candidate][j][8]
-  float values[kMaxHeads * kValues];                        // a head: half of U_h d_j
+  float values[kVoteRows * kHeard];                         // [j][head]: half of U_h d_j
   float mixed[kVoteRows * kVoteWidth];                      // [candidate][C]
   float product[kVoteRows * kColumns];
 };
 
+struct Nothing {
+  void operator()() {}
+};
+
+// Fetches what is remembered of the next group's candidates to L2, a line a call: rows lie anywhere in a memory of tens of
+// MB, and many lines asked for at once hold up what comes after them.
+struct Ahead {
+  const float* rows[kVoteRows];
+  int count = 0, row = 0, first_number, number;
+
+  Ahead(const Float32Voting& call, int64_t first)
+      : first_number(call.candidates > 1 ? 0 : kSpreadOwn), number(first_number) {
+    const int64_t end = call.locations * call.candidates;
+    for (int64_t i = first; i < end && count < kVoteRows; ++i) {
+      const int32_t index = call.indices[i];
+      const float* const values = call.values + i / (call.queries * call.candidates) * call.value_batch_stride;
+      if (index >= 0) rows[count++] = values + index * call.value_row_stride;
+    }
+  }
+  void operator()() {
+    if (row == count) return;
+    __builtin_prefetch(rows[row] + number, 0, 2);
+    number += 16;
+    if (number >= kSpread) number = first_number, ++row;
+  }
+};
+
 // x [count][C] times weights of `columns`, plus a bias -> to [count][columns].
-inline void project(int count, const float* x, const float* weights, const float* bias, int columns, float* to) {
+template <class Meanwhile = Nothing>
+inline void project(
+    int count, const float* x, const float* weights, const float* bias, int columns, float* to,
+    Meanwhile&& meanwhile = {}) {
   for (int column = 0; column < columns; column += kColumns, weights += kPanel)
-    multiply<Candidates>(count, x, weights, kVoteWidth, 1, {bias + column, 0}, {to + column, columns});
+    multiply<kVoteWidth>(count, x, weights, kVoteWidth, {bias + column, 0}, {to + column, columns}, meanwhile);
 }
 
 // 2-based logits of mates, to the difference of each neighbour and the first one -> s.logits.
@@ -196,20 +219,20 @@ inline void begin_mixed(int locations, int candidates, const float* shared, Vote
 }
 
 // What all heads of each candidate hear, added to s.mixed.
-inline void listen(int locations, int candidates, VoteFloat32Scratch& s) {
+inline void listen(int locations, int candidates, Ahead& ahead, VoteFloat32Scratch& s) {
   const int others = candidates - 1;
   for (int column = 0; column < kVoteWidth; column += kColumns) {
     float* value = s.values;
     for (int location = 0; location < locations; ++location)
-      for (int i = 1; i < candidates; ++i, value += kColumns)
+      for (int i = 1; i < candidates; ++i, value += kHeard)
         apart(
             s.candidates[location * candidates + i], s.firsts + location * kSpread, kSpreadHeard + column * kMaxHeads,
-            kMaxHeads * kColumns, [&](int c, Vector x) { Lanes::store(value + c / kColumns * kValues + c % kColumns, x); });
+            kHeard, [&](int c, Vector x) { Lanes::store(value + c, x); });
     for (int location = 0; location < locations; ++location) {
       float* const mixed = s.mixed + location * candidates * kVoteWidth + column;
-      multiply<Attention>(
+      multiply<kAttention>(
           candidates, s.attention + location * candidates * kAttention + kMaxHeads,
-          s.values + location * others * kColumns, others, kMaxHeads, {mixed, kVoteWidth}, {mixed, kVoteWidth});
+          s.values + location * others * kHeard, others * kMaxHeads, {mixed, kVoteWidth}, {mixed, kVoteWidth}, ahead);
     }
   }
 }
@@ -242,9 +265,9 @@ inline void normalise(int rows, float epsilon, VoteFloat32Scratch& s) {
 }
 
 // To V, and the maximum over each location's candidates.
-inline void pool(const Float32Voting& call, int64_t first, int locations, VoteFloat32Scratch& s) {
+inline void pool(const Float32Voting& call, int64_t first, int locations, Ahead& ahead, VoteFloat32Scratch& s) {
   for (int64_t column = 0; column < call.value_width; column += kColumns) {
-    project(locations * call.candidates, s.mixed, call.out + column * kVoteWidth, kNoBias, kColumns, s.product);
+    project(locations * call.candidates, s.mixed, call.out + column * kVoteWidth, kNoBias, kColumns, s.product, ahead);
     const float* row = s.product;
     for (int location = 0; location < locations; ++location) {
       Vector highest[kVectors];
@@ -274,6 +297,7 @@ void vote_locations(const Float32Voting& call, int64_t first, int64_t last) {
     for (int64_t location = begin; location < end; location += together) {
       const int locations = static_cast<int>(location + together < end ? together : end - location);
       const float* const shared = s.shared + (location - begin) * kVoteWidth;
+      Ahead ahead(call, (location + together) * call.candidates);
       gather(call, location, locations, s);
       if (call.candidates == 1) {
         alone(locations, shared, s);
@@ -281,10 +305,10 @@ void vote_locations(const Float32Voting& call, int64_t first, int64_t last) {
         ask(locations, call.candidates, s.location_queries + (location - begin) * kQuery, s);
         attend(locations, call.candidates, s);
         begin_mixed(locations, call.candidates, shared, s);
-        listen(locations, call.candidates, s);
+        listen(locations, call.candidates, ahead, s);
       }
       normalise(locations * call.candidates, call.epsilon, s);
-      pool(call, location, locations, s);
+      pool(call, location, locations, ahead, s);
     }
   }
 }

@@ -46,8 +46,10 @@ class OnnxTracker:
     def look(self, image):
         """-> the search crop's features, its corner in the frame, frame pixels to a pixel of the crop."""
         (w, h), (rows, columns) = self.box[2:], image.shape[:2]
-        side = max(4, round(2 * np.sqrt((w + (w + h) / 2) * (h + (w + h) / 2))))
-        x, y = corner = np.round(self.box[:2] + self.box[2:] / 2 - side / 2)
+        size = max(4, 2 * np.sqrt((w + (w + h) / 2) * (h + (w + h) / 2)))
+        side = round(2 ** (round(16 * np.log2(size)) / 16))
+        step = max(1, round(side / 64))
+        x, y = corner = np.round((self.box[:2] + self.box[2:] / 2 - side / 2) / step) * step
         mean = image[:: max(1, rows // 100), :: max(1, columns // 100)].mean((0, 1)).round()
         shift = np.float64([[1, 0, -x], [0, 1, -y]])
         patch = cv2.warpAffine(image, shift, (side, side), flags=cv2.INTER_NEAREST, borderValue=mean)

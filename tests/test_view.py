@@ -63,7 +63,7 @@ def test_candidates_are_those_that_the_network_read(checkpoint, frames, options,
         assert plain.track(frame) == result, "watching changes nothing"
         insight = watch.look()
         assert [memory.frame for memory in insight.memory] == list(slots.values())
-        np.testing.assert_array_equal(insight.scores, scores)
+        np.testing.assert_allclose(insight.scores, scores / scores.sum(-1, keepdims=True), rtol=1e-6)
         rebuilt = np.where(insight.memory_index < 0, -1, insight.memory_index * 256 + insight.locations)
         np.testing.assert_array_equal(rebuilt, indices)
         assert insight.score_map.shape == (16, 16)
@@ -85,7 +85,7 @@ def test_a_frame_seen_again_votes_for_itself(checkpoint, frames):
         best, *others = insight.candidates(location)
         assert best.memory.frame == 40 and best.place == insight.centre(location)
         assert best.score >= max(candidate.score for candidate in others)
-        assert insight.votes(location).sum() <= 1
+        assert insight.votes(location).sum() <= 1 + 1e-6
     first = insight.memory[0]
     assert first.crop.shape == (256, 256, 3) and first.window == insight.window
 

@@ -32,7 +32,7 @@ class Candidate(NamedTuple):
     """One of the K that voted at a location (paper section 3.2)."""
 
     score: float
-    """Its softmax weight among all memory locations and the null column, 0 to 1."""
+    """Its share among the K, as it votes with: the softmax of their similarities, 0 to 1."""
     memory: Remembered | None
     """Where it comes from; None is the null column, or no candidate at all (score 0)."""
     place: tuple[float, float] | None
@@ -53,7 +53,7 @@ class Insight:
     chosen: int
     """The location whose box was taken."""
     scores: np.ndarray
-    """(M, K) float32, highest first: each candidate's softmax weight."""
+    """(M, K) float32, highest first: each candidate's share among the K; a location's sum to 1."""
     memory_index: np.ndarray
     """(M, K) int: the candidate's place in `memory`; -1 for the null column or none."""
     locations: np.ndarray
@@ -117,7 +117,7 @@ class Watch:
         self._step = tracker.frame_step
         self._remembered: dict[int, Remembered] = {}  # by the tracker's own count, which starts at 0
         self._last: tuple[np.ndarray, Window, np.ndarray] | None = None  # frame, search window, answer (5,)
-        self._matched: tuple[Tensor, Tensor, list[int]] | None = None  # scores, indices, frame of each slot
+        self._matched: tuple[Tensor, Tensor, list[int]] | None = None  # shares, indices, frame of each slot
         # What a _WatchedStep does not have it takes from the step, so it is one in all but its class.
         tracker.frame_step = _WatchedStep(self._step, self)  # type: ignore[assignment]
 
@@ -138,12 +138,13 @@ class Watch:
         )  # fmt: skip
 
     def _match(self) -> tuple[Tensor, Tensor, list[int]]:
-        """scores and indices (M, K) of the last frame's candidates, and the frames that the slots hold."""
+        """Shares and indices (M, K) of the last frame's candidates, and the frames that the slots hold."""
         step = self._step
         slots, maps = step.memory.slots[0], self._seen().maps[:1]
         with torch.inference_mode():
             scores, indices = step.network.match(maps, step.memory.keys[:1], step.k, slots.valid)
-        return scores[0], indices[0], [frame for frame in slots.frames if frame is not None]
+        shares = scores[0] / scores[0].sum(-1, keepdim=True)  # what the vote makes of them (weight_scale)
+        return shares, indices[0], [frame for frame in slots.frames if frame is not None]
 
     def _score_map(self, answer: np.ndarray) -> tuple[np.ndarray, int]:
         """The best anchor's score at each location (H, W), and the location that the answer came from."""

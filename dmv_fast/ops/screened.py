@@ -58,8 +58,9 @@ def unpack_keys(keys: Tensor) -> Tensor:
 def retrieve_screened_reference(
     query: Tensor, keys: Tensor, k: int, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The specification of `retrieve_screened`, whose scores have a common factor of their own."""
-    return retrieve_reference(query, unpack_keys(keys), k, valid)
+    """The specification of `retrieve_screened`."""
+    scores, indices = retrieve_reference(query, unpack_keys(keys), k, valid)
+    return scores / scores.sum(-1, keepdim=True), indices
 
 
 def retrieve_screened(
@@ -69,7 +70,7 @@ def retrieve_screened(
     *,
     valid: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ops.retrieve` over what `pack_keys` gave, where `screening_runs`; without gradients.
+    """`ops.retrieve` over what `pack_keys` gave, where `screening_runs`; scores among the k; no gradients.
 
     Args:
         query: (B, M, D) float32, D a multiple of 32 up to 512.
@@ -79,11 +80,9 @@ def retrieve_screened(
 
     Returns:
         scores (B, M, k) float32 and indices (B, M, k) int32, as retrieve. The set is an exact top-k of the
-        float32 logits, and the scores are exact to a factor that all of a query's have in common: in the
-        softmax's denominator the keys that cannot be among the k best keep the logit of their bytes. Of rows
-        of length 1 and D = 256 whose largest numbers are a quarter that is off by about 0.001 |query| |key|,
-        by thirty times that at the very most; scores over their sum are as exact as retrieve's. Of equal keys
-        the smaller index need not come first.
+        float32 logits. The scores are the softmax over these k columns alone, retrieve's over their sum, as
+        the vote weighs candidates; of all other keys only the bytes are known. Of equal keys the smaller
+        index need not come first.
 
     Raises:
         ValueError: for valid, or where the C++ extension is not there.

@@ -16,6 +16,8 @@ from dmv_fast.vision.shrink import shrink
 CROP_SIZE = 256
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB
 STD = (0.229, 0.224, 0.225)
+_SIDES = 16  # sides of windows from one length to twice that
+_PLACES = 64  # places of a corner in a window's side
 _MEAN_SAMPLES = 100  # rows and columns looked at for the frame's mean colour: exact enough, free on 8K frames
 
 
@@ -43,14 +45,21 @@ class Window:
 
 
 def search_window(box: np.ndarray | Sequence[float], *, scale: float = 1.0) -> Window:
-    """The square of side 2 sqrt((w + p)(h + p)), p = (w + h) / 2, around a box xywh.
+    """The square of side 2 sqrt((w + p)(h + p)), p = (w + h) / 2, around a box xywh, roughly.
 
     After the resize to 256 the target is about 64 pixels large. `scale` > 1 widens the search.
+
+    Roughly (ours): its side is one of 16 from one length to twice that, 2 % off at most, and its middle up to
+    a 128th of that off. Boxes nearly alike then have the very same window, so what little the rounding of two
+    ways to compute does to a box does nothing to the next frame (docs/design.md).
     """
     x, y, w, h = (float(v) for v in box)
     p = (w + h) / 2
-    side = max(4, round(2 * scale * math.sqrt((w + p) * (h + p))))
-    return Window(round(x + w / 2 - side / 2), round(y + h / 2 - side / 2), side)
+    size = math.log2(max(4.0, 2 * scale * math.sqrt((w + p) * (h + p))))
+    side = round(2 ** (round(size * _SIDES) / _SIDES))
+    step = max(1, round(side / _PLACES))
+    x0, y0 = (round((middle - side / 2) / step) * step for middle in (x + w / 2, y + h / 2))
+    return Window(x0, y0, side)
 
 
 def mean_colour(image: np.ndarray) -> np.ndarray:
