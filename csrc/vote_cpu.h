@@ -53,7 +53,9 @@ struct Float32Voting {
   const float* q_bias;      // [kQuery]
   const float* mix;         // of [2][C][C]: U, and all U_h with it
   const float* mix_bias;    // [C]
-  const float* out;         // of [V][C]
+  const float* out;         // of [V][C]; null where it is in whole numbers:
+  const int16_t* out_whole; // [V / 32][C / 2][32][2]
+  const float* out_scale;   // [V]
   const float* out_bias;    // [V]
   float* retrieved;         // [locations][V]
   int64_t locations, queries, value_width, value_batch_stride, value_row_stride;  // queries: locations of a batch item
@@ -76,5 +78,6 @@ VoteSplitLocations vote_split_amx();
 VoteFloat32Locations vote_float32_generic();
 VoteFloat32Locations vote_float32_avx2();
 VoteFloat32Locations vote_float32_avx512();
+VoteFloat32Locations vote_int16_avx512_vnni();
 
 }  // namespace dmv_fast

@@ -86,7 +86,7 @@ template <class Meanwhile = Nothing>
 inline void project(
     int count, const float* x, const float* weights, const float* bias, int columns, float* to,
     Meanwhile&& meanwhile = {}) {
-  for (int column = 0; column < columns; column += kColumns, weights += kPanel)
+  for (int column = 0; column < columns; column += kColumns, weights += kWeights)
     multiply<kVoteWidth>(count, x, weights, kVoteWidth, {bias + column, 0}, {to + column, columns}, meanwhile);
 }
 
@@ -247,44 +247,58 @@ inline void alone(int locations, const float* shared, VoteFloat32Scratch& s) {
     }
 }
 
-// Layer norm over C of s.mixed, whose rows have mean zero already (folded), in place.
-inline void normalise(int rows, float epsilon, VoteFloat32Scratch& s) {
-  for (float* row = s.mixed; row < s.mixed + rows * kVoteWidth; row += kVoteWidth) {
-    Vector squares = Lanes::zero();
-    for (int c = 0; c < kVoteWidth; c += Lanes::kWidth) {
-      const Vector x = Lanes::load(row + c);
-      squares = Lanes::multiply_add(x, x, squares);
-    }
-    float lanes[Lanes::kWidth], sum = 0;
-    Lanes::store(lanes, squares);
-    for (float x : lanes) sum += x;
-    const Vector scale = Lanes::fill(1 / __builtin_sqrtf(sum / kVoteWidth + epsilon));
-    for (int c = 0; c < kVoteWidth; c += Lanes::kWidth)
-      Lanes::store(row + c, Lanes::multiply(Lanes::load(row + c), scale));
+// What a row of s.mixed is multiplied with in a layer norm over C; its mean is zero already (folded).
+inline float norm_scale(const float* row, float epsilon) {
+  Vector squares = Lanes::zero();
+  for (int c = 0; c < kVoteWidth; c += Lanes::kWidth) {
+    const Vector x = Lanes::load(row + c);
+    squares = Lanes::multiply_add(x, x, squares);
   }
+  float lanes[Lanes::kWidth], sum = 0;
+  Lanes::store(lanes, squares);
+  for (float x : lanes) sum += x;
+  return 1 / __builtin_sqrtf(sum / kVoteWidth + epsilon);
 }
 
-// To V, and the maximum over each location's candidates.
-inline void pool(const Float32Voting& call, int64_t first, int locations, Ahead& ahead, VoteFloat32Scratch& s) {
-  for (int64_t column = 0; column < call.value_width; column += kColumns) {
-    project(locations * call.candidates, s.mixed, call.out + column * kVoteWidth, kNoBias, kColumns, s.product, ahead);
-    const float* row = s.product;
-    for (int location = 0; location < locations; ++location) {
-      Vector highest[kVectors];
-      for (int v = 0; v < kVectors; ++v) highest[v] = Lanes::load(row + v * Lanes::kWidth);
-      row += kColumns;
-      for (int i = 1; i < call.candidates; ++i, row += kColumns)
-        for (int v = 0; v < kVectors; ++v)
-          highest[v] = Lanes::larger(highest[v], Lanes::load(row + v * Lanes::kWidth));
-      float* const to = call.retrieved + (first + location) * call.value_width + column;
-      for (int v = 0; v < kVectors; ++v) {
-        const Vector bias = Lanes::load(call.out_bias + column + v * Lanes::kWidth);
-        Lanes::store(to + v * Lanes::kWidth, Lanes::add(highest[v], bias));
-      }
+// Of each location the maximum over its candidates' s.product -> retrieved, after finish(location, column, maximum).
+template <class Finish>
+inline void pool(
+    const Float32Voting& call, int64_t first, int locations, int64_t column, const VoteFloat32Scratch& s,
+    Finish&& finish) {
+  const float* row = s.product;
+  for (int location = 0; location < locations; ++location) {
+    Vector highest[kVectors];
+    for (int v = 0; v < kVectors; ++v) highest[v] = Lanes::load(row + v * Lanes::kWidth);
+    row += kColumns;
+    for (int i = 1; i < call.candidates; ++i, row += kColumns)
+      for (int v = 0; v < kVectors; ++v)
+        highest[v] = Lanes::larger(highest[v], Lanes::load(row + v * Lanes::kWidth));
+    float* const to = call.retrieved + (first + location) * call.value_width + column;
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = v * Lanes::kWidth;
+      finish(location, column + at, highest[v]);
+      Lanes::store(to + at, Lanes::add(highest[v], Lanes::load(call.out_bias + column + at)));
     }
   }
 }
 
+// The last layer, to V, in float32.
+struct OutFloat32 {
+  static void run(const Float32Voting& call, int64_t first, int locations, Ahead& ahead, VoteFloat32Scratch& s) {
+    const int rows = locations * call.candidates;
+    for (float* row = s.mixed; row < s.mixed + rows * kVoteWidth; row += kVoteWidth) {
+      const Vector scale = Lanes::fill(norm_scale(row, call.epsilon));
+      for (int c = 0; c < kVoteWidth; c += Lanes::kWidth)
+        Lanes::store(row + c, Lanes::multiply(Lanes::load(row + c), scale));
+    }
+    for (int64_t column = 0; column < call.value_width; column += kColumns) {
+      project(rows, s.mixed, call.out + column * kVoteWidth, kNoBias, kColumns, s.product, ahead);
+      pool(call, first, locations, column, s, [](int, int64_t, Vector&) {});
+    }
+  }
+};
+
+template <class Out>
 void vote_locations(const Float32Voting& call, int64_t first, int64_t last) {
   VoteFloat32Scratch s;
   const int together = call.locations_together(), block = kVoteRows / together * together;
@@ -307,8 +321,7 @@ void vote_locations(const Float32Voting& call, int64_t first, int64_t last) {
         begin_mixed(locations, call.candidates, shared, s);
         listen(locations, call.candidates, ahead, s);
       }
-      normalise(locations * call.candidates, call.epsilon, s);
-      pool(call, location, locations, ahead, s);
+      Out::run(call, location, locations, ahead, s);
     }
   }
 }

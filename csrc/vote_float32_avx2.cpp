@@ -11,7 +11,7 @@ DMV_TARGET_BEGIN("avx2,fma")
 
 namespace dmv_fast {
 
-VoteFloat32Locations vote_float32_avx2() { return vote_locations; }
+VoteFloat32Locations vote_float32_avx2() { return vote_locations<OutFloat32>; }
 
 }  // namespace dmv_fast
 DMV_TARGET_END

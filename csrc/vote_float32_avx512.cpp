@@ -12,7 +12,7 @@ DMV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 namespace dmv_fast {
 
-VoteFloat32Locations vote_float32_avx512() { return vote_locations; }
+VoteFloat32Locations vote_float32_avx512() { return vote_locations<OutFloat32>; }
 
 }  // namespace dmv_fast
 DMV_TARGET_END

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 
 namespace dmv_fast {
 namespace {
@@ -15,8 +16,17 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-VoteFloat32Locations kernel_of_call() {
+bool vote_int16_cpu_runs() {
 #ifdef DMV_X86
+  return allowed(Isa::avx512) && has_vnni();
+#else
+  return false;
+#endif
+}
+
+VoteFloat32Locations kernel_of_call(bool whole) {
+#ifdef DMV_X86
+  if (whole) return vote_int16_avx512_vnni();
   if (allowed(Isa::avx512)) return vote_float32_avx512();
   if (allowed(Isa::avx2)) return vote_float32_avx2();
 #endif
@@ -35,7 +45,8 @@ Tensor vote_float32_cpu(
     const Tensor& q_bias,      // [8 * C/4]
     const Tensor& mix,         // [2 * C / 32, C, 32]
     const Tensor& mix_bias,    // [C]
-    const Tensor& out,         // [V / 32, C, 32]
+    const Tensor& out,         // [V / 32, C, 32], or int16 [V / 32, C / 2, 32, 2], see whole_panels in fold.py ...
+    const std::optional<Tensor>& out_scale,  // ... and these scales, [V]
     const Tensor& out_bias,    // [V]
     double epsilon)
 {
@@ -64,14 +75,18 @@ Tensor vote_float32_cpu(
   call.q_bias = checked<float>(q_bias, "q_bias", kFloat, kQuery);
   call.mix = checked<float>(mix, "mix", kFloat, 2 * kVoteWidth * kVoteWidth);
   call.mix_bias = checked<float>(mix_bias, "mix_bias", kFloat, kVoteWidth);
-  call.out = checked<float>(out, "out", kFloat, call.value_width * kVoteWidth);
+  const int64_t weights = call.value_width * kVoteWidth;
+  if (out_scale) STD_TORCH_CHECK(vote_int16_cpu_runs(), "out_scale: this processor has no AVX512_VNNI, or DMV_FAST_CPU_ISA rules it out");
+  call.out = out_scale ? nullptr : checked<float>(out, "out", kFloat, weights);
+  call.out_whole = out_scale ? checked<int16_t>(out, "out", ScalarType::Short, weights) : nullptr;
+  call.out_scale = out_scale ? checked<float>(*out_scale, "out_scale", kFloat, call.value_width) : nullptr;
   call.out_bias = checked<float>(out_bias, "out_bias", kFloat, call.value_width);
   for (int64_t i = 0; i < indices.numel(); ++i)
     STD_TORCH_CHECK(call.indices[i] >= -1 && call.indices[i] < values.size(1), "indices: must lie in -1..N-1");
 
   Tensor retrieved = torch::stable::new_empty(values, {indices.size(0), call.queries, call.value_width});
   call.retrieved = static_cast<float*>(retrieved.mutable_data_ptr());
-  const VoteFloat32Locations kernel = kernel_of_call();
+  const VoteFloat32Locations kernel = kernel_of_call(out_scale.has_value());
   const int64_t together = call.locations_together();
   const int64_t groups = (call.locations + together - 1) / together;
   torch::stable::parallel_for(0, groups, 8, [&](int64_t begin, int64_t end) {
@@ -86,7 +101,7 @@ Tensor vote_float32_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
   library.def(
       "vote_float32_cpu(Tensor values, Tensor null_value, Tensor query_part, Tensor indices, Tensor scores, Tensor to_q,"
-      " Tensor q_bias, Tensor mix, Tensor mix_bias, Tensor out, Tensor out_bias, float epsilon) -> Tensor");
+      " Tensor q_bias, Tensor mix, Tensor mix_bias, Tensor out, Tensor? out_scale, Tensor out_bias, float epsilon) -> Tensor");
   library.def("vote_float32_cpu_runs() -> bool");
 }
 

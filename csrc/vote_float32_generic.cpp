@@ -6,6 +6,6 @@
 
 namespace dmv_fast {
 
-VoteFloat32Locations vote_float32_generic() { return vote_locations; }
+VoteFloat32Locations vote_float32_generic() { return vote_locations<OutFloat32>; }
 
 }  // namespace dmv_fast

@@ -10,7 +10,7 @@ using Vector = Lanes::Vector;
 
 constexpr int kColumns = 32;
 constexpr int kVectors = kColumns / Lanes::kWidth;
-constexpr int kPanel = kVoteWidth * kColumns;  // weights of a product
+constexpr int kWeights = kVoteWidth * kColumns;  // of a product
 // Rows worked on at once: enough sums to cover the latency of two multiply-add units, few enough for the registers.
 constexpr int kRowsAtOnce = Lanes::kWidth == 16 ? 12 : Lanes::kWidth == 8 ? 3 : 1;
 

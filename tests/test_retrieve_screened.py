@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dmv_fast import ops
 from dmv_fast.model.dmv import DMV, DMVConfig
-from dmv_fast.ops.screened import pack_keys, retrieve_screened, screening_runs, unpack_keys
+from dmv_fast.ops.screened import pack_keys, retrieve_screened, screening_runs, turn, unpack_keys
 from dmv_fast.runtime.network import FastNetwork
 
 
@@ -59,11 +59,22 @@ def test_bytes_leave_the_numbers_as_they_are():
     whole = laid.view(torch.int8).flatten(1)[:, : 32 * 64].view(3, 32, 64)
     numbers = laid.flatten(1)[:, 32 * 64 : 32 * 80].contiguous().view(torch.float32)
     scale, sums, off, length = numbers.view(3, 4, 32).unbind(1)
-    rows = x[:, :32]
+    rows = turn(x[:, :32])
     assert torch.equal(sums, 128.0 * whole.int().sum(-1))
     assert ((whole * scale[..., None] - rows).abs() <= 0.501 * scale[..., None]).all()
     assert ((whole * scale[..., None] - rows).norm(dim=-1) <= off * 1.00001).all()
     assert (off < 0.02 * length).all() and torch.allclose(length, rows.norm(dim=-1))
+
+
+@pytest.mark.parametrize("depth", [32, 96, 256, 320, 512])
+def test_turned_rows_have_the_products_they_had(depth):
+    x = torch.randn(3, 7, depth, dtype=torch.float64)
+    y = turn(x)
+    torch.testing.assert_close(y @ y.mT, x @ x.mT)
+    torch.testing.assert_close(turn(y), x)
+    standing_out = torch.zeros(depth)
+    standing_out[5] = 1
+    assert turn(standing_out).abs().max() < 0.75
 
 
 @pytest.mark.parametrize("k", [1, 4, 7, 32])
@@ -105,6 +116,7 @@ def test_rounding_at_its_worst(k):
     query[..., 1] = 127 * 0.01
     bytes_of_keys = (keys * 127).round()
     rough, exact = query @ bytes_of_keys.mT * step, query @ keys.mT
+    query, keys = turn(query), turn(keys)  # turned back when they are rounded
     assert (rough[..., -k:].amax(-1) < rough[..., :-k].amin(-1)).all()
     assert (exact[..., -k:].amin(-1) > exact[..., :-k].amax(-1)).all()
     assert (check(query, keys, k) >= n - k).all()
@@ -218,7 +230,7 @@ def test_wrong_rows_are_refused():
         retrieve_screened(query, keys, 4, valid=torch.tensor([65], dtype=torch.int32))
     with pytest.raises(ValueError, match="keys: are torch.float32, they must be what pack_keys gives"):
         retrieve_screened(query, unit(1, 64, 64), 4)
-    with pytest.raises(ValueError, match="rows: has shape .1, 33, 64., N must be a multiple of 32"):
+    with pytest.raises(ValueError, match="rows: has shape .1, 33, 64., N and D must be multiples of 32"):
         pack_keys(unit(1, 33, 64))
     for bad in (-1, 65):
         with pytest.raises(ValueError, match=f"valid: is {bad}, it must be 0..64"):

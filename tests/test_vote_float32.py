@@ -165,7 +165,7 @@ GOOD = {
     "query_part": torch.zeros(1, 9, C),
     "indices": torch.zeros(1, 9, 4, dtype=torch.int32), "scores": torch.ones(1, 9, 4),
     "to_q": torch.zeros(128 * C), "q_bias": torch.zeros(128), "mix": torch.zeros(2 * C * C),
-    "mix_bias": torch.zeros(C), "out": torch.zeros(32 * C), "out_bias": torch.zeros(32),
+    "mix_bias": torch.zeros(C), "out": torch.zeros(32 * C), "out_scale": None, "out_bias": torch.zeros(32),
 }  # fmt: skip
 
 

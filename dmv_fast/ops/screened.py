@@ -23,23 +23,39 @@ def packed_width(depth: int) -> int:
     return 5 * depth + 16
 
 
-def pack_keys(rows: Tensor) -> Tensor:
-    """Keys (B, N, D) float32, N a multiple of 32, D of 4 -> (B, N, 5 D + 16) uint8, laid out in 32s.
+def turn(rows: Tensor) -> Tensor:
+    """Rows (..., D), D a multiple of 32, turned in space, so that all products of rows stay what they are.
 
-    First the 32 as bytes: whole numbers up to 127 times a scale of each row, so that all a frame reads of
-    most keys lies side by side. Then those scales, 128 times the sums of the bytes, how far each row is from
-    its bytes times the scale, and its length. Then the 32 as they are. Any whole 32s of keys can be written
-    in the place of others.
+    Each number is spread over as many as there are 16s in the largest power of two that divides D (a Hadamard
+    matrix), so that few stand out: a row's bytes, whose scale is its largest number's, are then half as far
+    off, and so many fewer keys pass the screen.
+    """
+    depth = rows.shape[-1]
+    count = (depth & -depth) // 16
+    hadamard = torch.ones(1, 1, dtype=rows.dtype, device=rows.device)
+    while len(hadamard) < count:
+        hadamard = torch.cat([torch.cat([hadamard, part], 1) for part in (hadamard, -hadamard)])
+    return (hadamard @ rows.unflatten(-1, (-1, count, 16)) / count**0.5).flatten(-3)
+
+
+def pack_keys(rows: Tensor) -> Tensor:
+    """Keys (B, N, D) float32, N and D multiples of 32 -> (B, N, 5 D + 16) uint8, laid out in 32s.
+
+    First the 32, turned, as bytes: whole numbers up to 127 times a scale of each row, so that all a frame
+    reads of most keys lies side by side. Then those scales, 128 times the sums of the bytes, how far each row
+    is from its bytes times the scale, and its length. Then the 32 as they are. Any whole 32s of keys can be
+    written in the place of others.
     """
     batch, count, depth = rows.shape
-    if count % 32 or depth % 4:
-        raise ValueError(f"rows: has shape {tuple(rows.shape)}, N must be a multiple of 32 and D of 4")
+    if count % 32 or depth % 32 or not depth:
+        raise ValueError(f"rows: has shape {tuple(rows.shape)}, N and D must be multiples of 32")
     rows = rows.detach().float()
-    scale = rows.abs().amax(-1, keepdim=True) / 127
-    whole = (rows / scale).nan_to_num(0, 0, 0).round().clamp(-127, 127)
-    off = (rows.double() - whole.double() * scale.double()).norm(dim=-1, keepdim=True)
+    turned = turn(rows.double())
+    scale = (turned.abs().amax(-1, keepdim=True) / 127).float()
+    whole = (turned / scale).nan_to_num(0, 0, 0).round().clamp(-127, 127)
+    off = (turned - whole * scale).norm(dim=-1, keepdim=True)
     length = rows.double().norm(dim=-1, keepdim=True)
-    sums = 128 * whole.sum(-1, keepdim=True)
+    sums = 128 * whole.float().sum(-1, keepdim=True)
     more = 1 + 2**-20  # than float32 rounds down
     in_bytes = whole.to(torch.int8).contiguous().view(torch.float32)
     parts = in_bytes, scale, sums, (off * more).float(), (length * more).float(), rows

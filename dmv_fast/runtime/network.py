@@ -83,7 +83,8 @@ class FastNetwork:
     it makes of them (see SpreadVote, MeanBeside). The last V channels of its maps are room for what is
     retrieved, so that the head reads both as one map.
 
-    products: of float32, how large ones are made (see Convolution); of whole numbers in the backbone alone.
+    products: of float32, how large ones are made (see Convolution); of whole numbers in the backbone and in the
+    vote's last layer alone.
     Where products of bytes screen the keys, they are stored packed for that (ops.screened).
     """
 
@@ -108,9 +109,9 @@ class FastNetwork:
             (packed_width(depth), torch.uint8) if self._pack_keys else (depth, dtype)
         )
         self._trunk = Trunk(model.backbone, **where)
+        vote, value_in = fused_vote(weights, backend=backend, **where), weights.value_in
         if products == "int16":  # the rest reads scores and sizes beside features: no one scale suits both
             where["products"] = "own"
-        vote, value_in = fused_vote(weights, backend=backend, **where), weights.value_in
         self._vote: Vote = vote
         if model.read.mean_beside:
             self._vote = MeanBeside(vote, model.read.null_value.to(device, dtype), backend)

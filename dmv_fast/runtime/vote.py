@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dmv_fast import ops
 from dmv_fast.ops.backends import cpu_kernel_runs
 from dmv_fast.runtime import hardware
-from dmv_fast.runtime.fold import VoteWeights, panels
+from dmv_fast.runtime.fold import VoteWeights, panels, whole_panels
 from dmv_fast.runtime.parts import Products, bfloat16_parts
 
 _FUSED_WIDTH = 64  # C that the fused kernels are written for
@@ -92,18 +92,21 @@ class SpreadVote:
     A candidate is a weighted value and what its location adds, so every projection of it is the weighted
     projection of the value, found when that was written, and the location's: at K = 32 three fifths of the
     vote's products are not made in a frame. 13 C numbers a value, for C.
+
+    whole: the last layer, two fifths of what is left, in whole numbers of 16 bits (AVX512_VNNI).
     """
 
-    def __init__(self, weights: VoteWeights):
+    def __init__(self, weights: VoteWeights, *, whole: bool = False):
         self._spread = spread_rows(weights)
         self._null = self._spread @ weights.null
         self.width = len(self._spread)
         *heads, itself = weights.mix.double().split(_FUSED_WIDTH, 1)
         mix = torch.cat([itself, itself + sum(heads)]).float()
         q_bias = _by_number(weights.q_bias, weights.heads)
+        out, out_scale = whole_panels(weights.out) if whole else (panels(weights.out), None)
         self._weights = (
             panels(self._spread[: len(q_bias)]), q_bias, panels(mix), weights.mix_bias,
-            panels(weights.out), weights.out_bias, weights.epsilon,
+            out, out_scale, weights.out_bias, weights.epsilon,
         )  # fmt: skip
 
     def store(self, values: Tensor) -> Tensor:
@@ -177,7 +180,7 @@ def fused_vote(
 ) -> RowVote | SpreadVote:  # fmt: skip
     """The vote of this device, its weights brought into its layout.
 
-    products: of float32; "bfloat16x3" where the processor has AMX.
+    products: of float32; "bfloat16x3" where the processor has AMX, "int16" where it has AVX512_VNNI.
     backend: of the gather.
     """
     width, value_width = weights.mix.shape[0], weights.out.shape[0]
@@ -194,7 +197,7 @@ def fused_vote(
     elif fits and products == "bfloat16x3" and not half and on_cpu and cpu_kernel_runs("vote_split_cpu"):
         run = _split_vote(weights)
     elif fits and not half and on_cpu and backend in ("auto", "cpu") and cpu_kernel_runs("vote_float32_cpu"):
-        return SpreadVote(weights)
+        return SpreadVote(weights, whole=products == "int16")
     else:
         local = VoteWeights._make(w.to(device, dtype) if isinstance(w, Tensor) else w for w in weights)
         run = functools.partial(vote_plain, weights=local)
