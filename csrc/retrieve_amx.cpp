@@ -51,9 +51,11 @@ struct MultiplyByteTiles {
   static void begin() { begin_tiles(); }
   static void end() { end_tiles(); }
 
-  static void run(const KeyBlock& block, const QueryTile& tile, int64_t depth, float* logits, uintptr_t ahead) {
+  template <class Between>
+  static void run(
+      const KeyBlock& block, const QueryTile& tile, int64_t depth, float* logits, uintptr_t ahead, Between& between) {
     constexpr int kDepth = 64;  // of a tile
-    if (depth % kDepth) return MultiplyBytes::run(block, tile, depth, logits, ahead);
+    if (depth % kDepth) return MultiplyBytes::run(block, tile, depth, logits, ahead, between);
     zero_sums();
     for (int64_t d = 0; d < depth; d += kDepth) {
       _tile_loadd(4, block.bytes + d, depth);
@@ -68,8 +70,10 @@ struct MultiplyByteTiles {
     store_sums(logits, kTile);  // whole numbers yet
     const __m512 scale[2] = {_mm512_loadu_ps(tile.scale), _mm512_loadu_ps(tile.scale + 16)};
     for (int key = 0; key < kBlock; ++key) {
-      for (int64_t d = 0; d < depth; d += kDepth)
+      for (int64_t d = 0; d < depth; d += kDepth) {
         __builtin_prefetch(reinterpret_cast<const char*>(ahead + key * depth + d), 0, 2);
+        between(0);
+      }
       float* const row = logits + key * kTile;
       MultiplyBytes::store_logits(block, key, {_mm512_load_si512(row), _mm512_load_si512(row + 16)}, scale, row);
     }

@@ -6,7 +6,8 @@
 //   begin, end     what a thread has to do around its work
 //   block(rows, stride, queries, depth, logits, between)
 //                  logits[32 keys][32 queries]; calls between(0) .. between(kGroups - 1) somewhere on its way, so
-//                  that the selection of the block before can hide under the matrix unit's time
+//                  that the selection of the block before can hide under the matrix unit's time; for a Screen it calls
+//                  between(0) at every step
 // The product may be a rough one where a `Screen` (screen_int8.h) knows how far off it is at most, and makes exact
 // what may be among the best.
 #pragma once
@@ -111,10 +112,12 @@ struct NoScreen {
   void face(Reach) {}
   bool bounds() const { return true; }
   void lower(TileState&) const {}
+  struct Found {
+    uint32_t groups = kAllGroups;
+  };
+  Found list(const TileState&, const float*) const { return {}; }
   template <class Chunk, class Element>
-  uint32_t refine(const TileState&, const Chunk&, int64_t, const Element*, float*) const {
-    return kAllGroups;
-  }
+  void multiply(Found, const Chunk&, int64_t, const Element*, float*) const {}
 };
 
 // One tile's pass over one chunk: the product of a block of keys is made while the block before is selected from.
@@ -165,18 +168,31 @@ struct Pass {
   }
 
  private:
-  // What is left of most blocks when they have been screened is nothing: there is no work to hide.
+  // What may be among the best is fetched while the next block is multiplied, and made exact afterwards.
   void later_without_sums() {
+    float *now = logits, *next = logits + kBlock * kTile;
+    chunk.multiply(chunk.begin, queries, now, [](int) {});
     for (int64_t key = chunk.begin; key < chunk.end; key += kBlock) {
-      chunk.multiply(key, queries, logits, [](int) {});
-      select(logits, key, refine(logits, key));
+      cut_off(now, key);
+      const auto found = screen.list(state, now);
+      if (key + kBlock < chunk.end) {
+        auto fetch = screen.fetch(found, chunk, key);
+        chunk.multiply(key + kBlock, queries, next, [&](int) { fetch(); });
+      }
+      screen.multiply(found, chunk, key, queries, now);
+      select(now, key, found.groups);
+      float* const done = now;
+      now = next;
+      next = done;
     }
     finish();
   }
   // Makes exact what may be among the best, and says in which groups that is.
   uint32_t refine(float* block, int64_t key) {
     cut_off(block, key);
-    return screen.refine(state, chunk, key, queries, block);
+    const auto found = screen.list(state, block);
+    screen.multiply(found, chunk, key, queries, block);
+    return found.groups;
   }
   uint32_t select_group(const float* block, int group) {
     const float* const logits = block + group * kGroup * kTile;

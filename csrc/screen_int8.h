@@ -40,8 +40,9 @@ struct MultiplyBytes {
   static void begin() {}
   static void end() {}
 
+  template <class Between>
   __attribute__((noinline)) static void run(
-      const KeyBlock& block, const QueryTile& tile, int64_t depth, float* logits, uintptr_t ahead) {
+      const KeyBlock& block, const QueryTile& tile, int64_t depth, float* logits, uintptr_t ahead, Between& between) {
     const __m512 scale[2] = {_mm512_loadu_ps(tile.scale), _mm512_loadu_ps(tile.scale + 16)};
     for (int key = 0; key < kBlock; key += kRows) {
       __m512i sum[kRows][2];
@@ -49,6 +50,7 @@ struct MultiplyBytes {
       const int8_t* const row = block.bytes + key * depth;
       for (int64_t d = 0; d < depth; d += 4) {
         __builtin_prefetch(reinterpret_cast<const char*>(ahead + key * depth + d * kRows), 0, 2);
+        between(0);
         const __m512i low = _mm512_loadu_si512(tile.bytes + d * kTile);
         const __m512i high = _mm512_loadu_si512(tile.bytes + d * kTile + 64);
         for (int r = 0; r < kRows; ++r) {
@@ -75,7 +77,7 @@ struct MultiplyBytes {
   }
 };
 
-// `Multiply`: begin and end, and run(block, tile, depth, logits, ahead), which also fetches the bytes at `ahead`.
+// `Multiply`: begin and end, and run(block, tile, depth, logits, ahead, between), which also fetches the bytes at `ahead`.
 template <class Multiply>
 struct ProductInt8 : Multiply {
   using Element = float;
@@ -85,9 +87,8 @@ struct ProductInt8 : Multiply {
   template <class Between>
   static void block(
       const float* rows, int64_t stride, const float* queries, int64_t depth, float* logits, Between&& between) {
-    for (int group = 0; group < kGroups; ++group) between(group);
     const uintptr_t ahead = reinterpret_cast<uintptr_t>(rows) + kAhead * kBlock * stride * sizeof(float);
-    Multiply::run(KeyBlock(rows, depth), QueryTile(const_cast<float*>(queries), depth), depth, logits, ahead);
+    Multiply::run(KeyBlock(rows, depth), QueryTile(const_cast<float*>(queries), depth), depth, logits, ahead, between);
   }
 };
 template <class Multiply>
@@ -205,39 +206,71 @@ struct Int8Screen {
     for (int lane = 0; lane < kTile; ++lane) state.threshold[lane] -= margin[lane];
   }
 
-  // -> in which groups anything may beat its threshold.
-  template <class Chunk>
-  uint32_t refine(const TileState& state, const Chunk& chunk, int64_t key, const float* queries, float* logits) const {
+  // What of a block may beat its threshold.
+  struct Found {
+    uint32_t groups = 0, keys = 0;  // with such places, a bit each
+    int count = 0;
+    int32_t places[kMaxPlaces];
+  };
+
+  Found list(const TileState& state, const float* logits) const {
     using Vector = typename Lanes::Vector;
+    Found found;
+    if (all) {
+      found.groups = kAllGroups;
+      found.count = kMany + 1;
+      return found;
+    }
     Vector bound[kVectors], highest[kVectors];
     for (int i = 0; i < kVectors; ++i)
       bound[i] = Lanes::subtract(
           Lanes::load(state.threshold + i * Lanes::kWidth), Lanes::load(margin + i * Lanes::kWidth));
-    uint32_t groups = 0;
     for (int group = 0; group < kGroups; ++group) {
       load_highest(highest, logits + group * kGroup * kTile);
-      groups |= uint32_t(Lanes::any_above(highest, bound)) << group;
+      found.groups |= uint32_t(Lanes::any_above(highest, bound)) << group;
     }
-    if (all) groups = kAllGroups;
-    if (groups) multiply(bound, groups, chunk.row(key), queries, chunk.depth, logits);
-    return groups;
+    if (found.groups) found.count = list_places(logits, found.groups, bound, found.places);
+    for (int i = 0; i < found.count; ++i) found.keys |= uint32_t(1) << found.places[i] / kTile;
+    return found;
+  }
+
+  // Fetches the rows of the keys that were found to L2, a line a call: many at once hold up what comes after them.
+  struct Fetch {
+    const float* rows;
+    int64_t depth, next;
+    uint32_t keys;
+
+    void operator()() {
+      if (!keys) return;
+      __builtin_prefetch(rows + __builtin_ctz(keys) * depth + next, 0, 2);
+      next += 16;
+      if (next < depth) return;
+      next = 0;
+      keys &= keys - 1;
+    }
+  };
+  template <class Chunk>
+  Fetch fetch(const Found& found, const Chunk& chunk, int64_t key) const {
+    return {KeyBlock(chunk.row(key), chunk.depth).keys, chunk.depth, 0, found.keys};
+  }
+
+  template <class Chunk>
+  void multiply(const Found& found, const Chunk& chunk, int64_t key, const float* queries, float* logits) const {
+    if (found.count) multiply(found, KeyBlock(chunk.row(key), chunk.depth), queries, chunk.depth, logits);
   }
 
  private:
   __attribute__((noinline)) void multiply(
-      const typename Lanes::Vector (&bound)[kVectors], uint32_t groups, const float* rows_of_block, const float* queries,
-      int64_t depth, float* logits) const {
-    const KeyBlock block(rows_of_block, depth);
-    int32_t places[kMaxPlaces];
-    const int found = all ? kMany + 1 : list_places(logits, groups, bound, places);
-    if (found > kMany) {
+      const Found& found, const KeyBlock& block, const float* queries, int64_t depth, float* logits) const {
+    if (found.count > kMany) {
       const QueryTile tile(const_cast<float*>(queries), depth);
       ProductFloat32::block(block.keys, depth, tile.queries, depth, logits, [](int) {});
       return;
     }
-    for (int i = 0; i < found; ++i)
-      logits[places[i]] =
-          product_of(rows + places[i] % kTile * stride, block.keys + places[i] / kTile * depth, depth);
+    for (int i = 0; i < found.count; ++i) {
+      const int place = found.places[i];
+      logits[place] = product_of(rows + place % kTile * stride, block.keys + place / kTile * depth, depth);
+    }
   }
 
   static float product_of(const float* a, const float* b, int64_t depth) {
