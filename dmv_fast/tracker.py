@@ -28,9 +28,9 @@ class FastDMVTracker(Cloneable):
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1" ...
         dtype: "auto", "float32", "bfloat16", "float16"; on a CPU with AMX, "bfloat16x3": float32 within
             some 1e-5, large products made of two or three in bfloat16; on a CPU with AVX512_VNNI, "int16":
-            float32, but the backbone's products are of 16-bit whole numbers, which is faster, and features
-            right to 1e-3. "auto": bfloat16x3 where it runs, float16 on a GPU, else float32, unless bfloat16
-            is the quicker one there.
+            float32, but the backbone's products and those of the vote's last layer are of 16-bit whole
+            numbers, which is faster, and features right to 1e-3. "auto": float16 on a GPU; on a CPU
+            bfloat16x3 where it runs, else int16 where that does, else float32, unless bfloat16 is quicker.
         backend: of the retrieval: "auto", "reference", "cpu", "triton" or "cuda". "reference" in float32 is
             the plain PyTorch network, all else the folded one.
         config: how the network is used; None: `TrackerConfig()`.

@@ -373,8 +373,12 @@ def test_fast_dtype_answers_here():
     assert precision.fast_dtype(CPU) in (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_auto_is_float32_in_parts_where_amx_runs(monkeypatch, amx):
+@pytest.mark.parametrize(
+    "amx, int16, products", [(True, True, "bfloat16x3"), (False, True, "int16"), (False, False, "own")]
+)
+def test_auto_is_float32_by_the_products_that_are_fastest(monkeypatch, amx, int16, products):
     monkeypatch.setattr(precision, "amx_runs", lambda: amx)
-    found = precision.precision_of("auto", CPU)
-    assert found == ((torch.float32, "bfloat16x3") if amx else (precision.fast_dtype(CPU), "own"))
+    monkeypatch.setattr(precision, "int16_runs", lambda: int16)
+    monkeypatch.setattr(precision, "fast_dtype", lambda device: torch.float32)
+    assert precision.precision_of("auto", CPU) == (torch.float32, products)
+    assert precision.precision_of("auto", torch.device("cuda")) == (torch.float32, "own"), "not asked of a GPU"
