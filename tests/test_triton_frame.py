@@ -275,7 +275,8 @@ else:
         assert plain.slots[1].frames == fast.slots[1].frames == [0, 3, 2]
         torch.testing.assert_close(fast.keys, plain.keys, atol=1e-4, rtol=1e-4)
         project = steps[0].network.model.read.voting.value_in
-        torch.testing.assert_close(fast.values, project(plain.values), atol=1e-2, rtol=1e-3)
+        # A score at the encoder's floor may fall to either side of it.
+        torch.testing.assert_close(fast.values, project(plain.values), atol=3e-2, rtol=1e-3)
 
     def test_clone_goes_its_own_way(no_gpu, monkeypatch):
         def record(work, device, pool):
