@@ -15,9 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from retrieve import RESULTS, folder_of, machine
 
 from dmv_fast.runtime.convolution import int16_runs
+from dmv_fast.runtime.precision import without_auto
 
 HERE = Path(__file__).parent
 
@@ -26,10 +28,11 @@ def parts(folder: Path, nano_dir: Path | None) -> dict[str, list[str]]:
     """name -> what Python is called with."""
     bench = ["-m", "dmv_fast", "bench", "--device", "cpu", "--output", str(folder)]
     nano = ["--nano-dir", str(nano_dir)] if nano_dir else []
-    int16 = ["--dtype", "int16", "--only", "k,memory,network,targets", "--output", str(folder / "int16")]
+    other = "float32" if without_auto("auto", torch.device("cpu")) == "int16" else "int16"
+    again = ["--dtype", other, "--only", "k,memory,network,targets", "--output", str(folder / other)]
     return {
         "frame": [*bench, *nano],
-        **({"int16": [*bench, *int16]} if int16_runs() else {}),
+        **({other: [*bench, *again]} if int16_runs() else {}),
         "endurance": [*bench, "--endurance"],
         "retrieve": [
             str(HERE / "retrieve.py"), "--device", "cpu", "--rounds", "4", "--output", str(folder.parent)

@@ -46,8 +46,8 @@ TOLERANCE = 0.05  # of the check: pixels of the crop for boxes, else the values'
 _MODULES = ("onnx", "onnxscript", "onnxruntime")
 _CROP_RULE = (
     "p = (w + h) / 2; n = round(16 log2(max(4, 2 scale sqrt((w + p)(h + p))))); side = round(2^(n / 16)); "
-    "step = max(1, round(side / 64)); x0 = step round((x + w/2 - side/2) / step), y0 likewise; round: half to "
-    "even; scale: 1 unless the target is lost. Outside the frame: the frame's mean colour. "
+    "step = max(1, round(side / 64)); x0 = step round((x + w/2 - side/2) / step), y0 likewise; round: half "
+    "to even; scale: 1 unless the target is lost. Outside the frame: the frame's mean colour. "
     "Resized to 256 x 256 by area averaging where side > 256, else bilinear. "
     "A frame's x lies at (x - x0) 256 / side in the crop."
 )

@@ -381,4 +381,5 @@ def test_auto_is_float32_by_the_products_that_are_fastest(monkeypatch, amx, int1
     monkeypatch.setattr(precision, "int16_runs", lambda: int16)
     monkeypatch.setattr(precision, "fast_dtype", lambda device: torch.float32)
     assert precision.precision_of("auto", CPU) == (torch.float32, products)
-    assert precision.precision_of("auto", torch.device("cuda")) == (torch.float32, "own"), "not asked of a GPU"
+    on_gpu = precision.precision_of("auto", torch.device("cuda"))
+    assert on_gpu == (torch.float32, "own"), "neither is asked of a GPU"

@@ -83,8 +83,8 @@ class FastNetwork:
     it makes of them (see SpreadVote, MeanBeside). The last V channels of its maps are room for what is
     retrieved, so that the head reads both as one map.
 
-    products: of float32, how large ones are made (see Convolution); of whole numbers in the backbone and in the
-    vote's last layer alone.
+    products: of float32, how large ones are made (see Convolution); of whole numbers in the backbone and in
+    the vote's last layer alone.
     Where products of bytes screen the keys, they are stored packed for that (ops.screened).
     """
 
