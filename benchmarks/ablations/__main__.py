@@ -66,7 +66,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--readers", default=",".join(readers.VARIANTS), help="comma-separated")
     train.add_argument("--seeds", default="0,1,2", help="comma-separated")
     train.add_argument("--steps", type=int, default=readers.RECIPE.steps)
-    dtypes = ("float32", "bfloat16", "bfloat16x3")
+    dtypes = ("float32", "bfloat16", "bfloat16x3", "int16")
     for command in (tracking, comparing):
         command.add_argument("--dev", type=Path, required=True, help="folder of sequences, any known layout")
         command.add_argument("--sequences", nargs="+", help="only these of --dev")
