@@ -149,16 +149,23 @@ struct Pass {
   }
 
   void later() {
-    if constexpr (!Screen::kSums) return later_without_sums();
+    if constexpr (Screen::kSums)
+      later_hidden();
+    else
+      later_screened();
+  }
+
+ private:
+  void later_hidden() {
     float *before = logits, *now = logits + kBlock * kTile;
     chunk.multiply(chunk.begin, queries, before, [](int) {});
-    refine(before, chunk.begin);
+    cut_off(before, chunk.begin);
     int64_t key = chunk.begin;
     for (; key + kBlock < chunk.end; key += kBlock) {
       uint32_t found = 0;
       chunk.multiply(key + kBlock, queries, now, [&](int group) { found |= select_group(before, group); });
       note(before, key, found);
-      refine(now, key + kBlock);
+      cut_off(now, key + kBlock);
       float* const done = before;
       before = now;
       now = done;
@@ -166,10 +173,8 @@ struct Pass {
     select(before, key, kAllGroups);
     finish();
   }
-
- private:
   // What may be among the best is fetched while the next block is multiplied, and made exact afterwards.
-  void later_without_sums() {
+  void later_screened() {
     float *now = logits, *next = logits + kBlock * kTile;
     chunk.multiply(chunk.begin, queries, now, [](int) {});
     for (int64_t key = chunk.begin; key < chunk.end; key += kBlock) {

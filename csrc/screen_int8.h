@@ -187,14 +187,16 @@ struct Int8Screen {
     for (int lane = 0; lane < kTile; ++lane) state.sum[lane] += 0.0f * tile.scale[lane];  // NaN of a row with no numbers
   }
 
-  // 4e-6: what float32 sums round off. A query that has no length spoils its own lane only.
+  // 4e-6: what float32 sums round off; 1e-30: what is left of rows so short that scales underflow. A query that has no
+  // length spoils its own lane only. Where logits may overflow there is no bound.
   void face(const Reach& keys) {
     all = !(keys.error <= 3e38f && keys.length <= 3e38f);
     for (int lane = 0; lane < kTile; ++lane) {
       const float most = length[lane] * keys.error + error[lane] * (keys.length + keys.error);
-      const bool known = length[lane] <= 3e38f;
-      margin[lane] = known ? 1.001f * most + 4e-6f * length[lane] * keys.length : __builtin_inff();
-      all = all || (known && !(margin[lane] <= 1e37f));
+      const bool known = length[lane] == length[lane];
+      const float highest = length[lane] * keys.length;
+      margin[lane] = known ? 1.001f * most + 4e-6f * highest + 1e-30f : __builtin_inff();
+      all = all || (known && !(margin[lane] <= 1e37f && highest <= 1e38f));
     }
   }
 

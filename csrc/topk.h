@@ -230,17 +230,18 @@ inline void raise_threshold(TileState& state, const float* logits, int64_t keys,
   }
 }
 
-// Where not every logit was summed: the sum over those in the lists, the best of them as the shift. A sum that is no number
-// before is none afterwards.
+// Where not every logit was summed: the lists less the best in them, and the sum over these. A sum that is no number before
+// is none afterwards.
 inline void sum_best(TileState& state, int k) {
   for (int i = 0; i < kTile; i += Lanes::kWidth) {
-    const auto shift = Lanes::multiply(Lanes::load(state.best[0] + i), Lanes::fill(kLog2e));
+    const auto highest = Lanes::load(state.best[0] + i);
     auto sum = Lanes::multiply(Lanes::load(state.sum + i), Lanes::zero());
     for (int place = 0; place < k; ++place) {
-      const auto best = Lanes::load(state.best[place] + i);
-      sum = Lanes::add(sum, Lanes::exp2(Lanes::multiply_subtract(best, Lanes::fill(kLog2e), shift)));
+      const auto less = Lanes::subtract(Lanes::load(state.best[place] + i), highest);
+      sum = Lanes::add(sum, Lanes::exp2(Lanes::multiply(less, Lanes::fill(kLog2e))));
+      Lanes::store(state.best[place] + i, less);
     }
-    Lanes::store(state.shift + i, shift);
+    Lanes::store(state.shift + i, Lanes::zero());
     Lanes::store(state.sum + i, sum);
   }
 }

@@ -52,7 +52,7 @@ struct OutInt16 {
       nothing[location] = 0.0f;
       for (int i = 0; i < call.candidates; ++i, row += kVoteWidth, whole += kVoteWidth) {
         const float scale = norm_scale(row, call.epsilon);
-        nothing[location] += 0.0f / scale;  // 0 where the row is infinite
+        nothing[location] += 0.0f / scale;  // 0 where the sum of its squares is infinite
         for (int c = 0; c < kVoteWidth; c += kWidth) {
           const __m512i x = _mm512_cvtps_epi32(Lanes::multiply(Lanes::load(row + c), Lanes::fill(scale * kWholeScale)));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole + c), _mm512_cvtsepi32_epi16(x));

@@ -144,7 +144,7 @@ class Target:
         """
         x, y, w, h = self._whole_box()
         cx, cy = x + w / 2, y + h / 2
-        side = search_window((x, y, w, h), scale=scale).side * (1 - 1 / 64)  # for a place that is rounded
+        side = search_window((x, y, w, h), scale=scale).side * (1 - 1 / 64)  # as its place is rounded
         pitch = max(side - math.sqrt(w * h), 1.0)
         width, height = self._size
         columns, rows = _spread(width, w, side, pitch), _spread(height, h, side, pitch)

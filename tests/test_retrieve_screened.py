@@ -183,6 +183,23 @@ def test_numbers_whose_scales_overflow(exponent):
     torch.testing.assert_close(scores, shares(expected[0]), atol=0, rtol=1e-4)
 
 
+@pytest.mark.parametrize("length", [(3e38, 1), (1e19, 1e20), (1e20, 1e19)])
+def test_logits_that_overflow_are_not_passed_over(length):
+    query, keys = length[0] * torch.ones(1, 3, 32), length[1] * torch.ones(1, 64, 32)
+    assert retrieve(query, keys, 2)[0].isnan().any(-1).all()
+    keys[:, 5:] = 0  # and a tile's other queries are as they were
+    query[:, 1:] = 0.1 / length[1]
+    scores, indices = retrieve(query, keys, 2)
+    assert scores[0, 0].isnan().any() and (indices[0, 1:, 0] < 5).all() and scores[0, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("logit", [1e8, 1e12, 1e30])
+def test_logits_of_any_size_have_scores(logit):
+    query, keys = torch.full((1, 3, 64), logit**0.5), unit(1, 640, 64) * logit**0.5
+    scores, _ = retrieve(query, keys, 4)
+    assert (scores[..., 0] == 1).all() and (scores[..., 1:] == 0).all()
+
+
 def test_same_bits_however_the_work_is_split():
     """Neither threads, nor the tiles of a call, nor what lies behind `valid` change a bit."""
     query, keys = 12 * unit(3, 200, 64), unit(3, 1312, 64)

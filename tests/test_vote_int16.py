@@ -72,6 +72,17 @@ def test_a_candidate_that_is_no_number_spoils_its_location_alone(k, poison):
 
 
 @needs_int16
+def test_a_weight_that_is_no_number_spoils_its_channel_alone():
+    weights, rows = make_weights(), torch.randn(1, 9, 4, C)
+    before = vote(rows, weights)
+    weights.out[3, 5] = torch.nan
+    after = vote(rows, weights)
+    assert after[..., 3].isnan().all()
+    after[..., 3] = before[..., 3]
+    assert torch.equal(after, before)
+
+
+@needs_int16
 def test_any_number_of_threads_gives_the_same_bits():
     weights, rows = make_weights(), torch.randn(1, 300, 4, C)
     alone, shared = on_threads((1, 2), lambda: vote(rows, weights))

@@ -43,7 +43,7 @@ def whole_panels(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach().double()
     length = torch.linalg.vector_norm(weight, dim=-1)
     scale = torch.maximum(weight.abs().amax(-1) / 32767, length / 65000)
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale == 0, 1.0, scale)  # NaN, where a weight is, for all of that channel
     whole = (weight / scale[..., None]).round().to(torch.int16)
     pairs = whole.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 32)).transpose(-3, -2)
     return pairs.contiguous(), scale.float()

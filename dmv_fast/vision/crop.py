@@ -49,9 +49,10 @@ def search_window(box: np.ndarray | Sequence[float], *, scale: float = 1.0) -> W
 
     After the resize to 256 the target is about 64 pixels large. `scale` > 1 widens the search.
 
-    Roughly (ours): its side is one of 16 from one length to twice that, 2 % off at most, and its middle up to
-    a 128th of that off. Boxes nearly alike then have the very same window, so what little the rounding of two
-    ways to compute does to a box does nothing to the next frame (docs/design.md).
+    Roughly (ours): its side is one of 16 from one length to twice that, its corner lies on a 64th of that
+    side, both in whole pixels: about 2 % and a 128th off at most. Boxes nearly alike then have the very same
+    window, so what little the rounding of two ways to compute does to a box does nothing to the next frame
+    (docs/design.md).
     """
     x, y, w, h = (float(v) for v in box)
     p = (w + h) / 2
