@@ -1,5 +1,6 @@
-// Float32 retrieval at a third of its price. Numbers are there twice, as they are and, turned in space, as whole numbers from
-// -127 to 127 times a scale of their row (dmv_fast/ops/screened.py). All keys are multiplied in bytes. That is off by at most
+// Float32 retrieval at a third of its price. Numbers are there twice: as they are and, turned in space, as whole numbers
+// from -127 to 127 times a scale of their row (dmv_fast/ops/screened.py). All keys are multiplied in bytes. That is off by
+// at most
 //   |q.k - q8.k8| <= |q||k - k8| + |q - q8||k8|
 // (Cauchy-Schwarz), and how far each row is off, |k - k8|, is known. So a key whose q8.k8 lies more than that under the k-th
 // best logit so far is out; the others, few among thousands, are multiplied in float32, before anything is selected.
@@ -82,7 +83,8 @@ template <class Multiply>
 struct ProductInt8 : Multiply {
   using Element = float;
   static constexpr int64_t kDepthStep = 1;
-  static constexpr int64_t kAhead = 2;  // blocks whose bytes are fetched to L2 before they are needed: they do not lie one behind the other
+  // Blocks whose bytes are fetched to L2 before they are needed: they do not lie one behind the other.
+  static constexpr int64_t kAhead = 2;
 
   template <class Between>
   static void block(

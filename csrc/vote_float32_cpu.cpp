@@ -76,7 +76,9 @@ Tensor vote_float32_cpu(
   call.mix = checked<float>(mix, "mix", kFloat, 2 * kVoteWidth * kVoteWidth);
   call.mix_bias = checked<float>(mix_bias, "mix_bias", kFloat, kVoteWidth);
   const int64_t weights = call.value_width * kVoteWidth;
-  if (out_scale) STD_TORCH_CHECK(vote_int16_cpu_runs(), "out_scale: this processor has no AVX512_VNNI, or DMV_FAST_CPU_ISA rules it out");
+  STD_TORCH_CHECK(
+      !out_scale || vote_int16_cpu_runs(),
+      "out_scale: this processor has no AVX512_VNNI, or DMV_FAST_CPU_ISA rules it out");
   call.out = out_scale ? nullptr : checked<float>(out, "out", kFloat, weights);
   call.out_whole = out_scale ? checked<int16_t>(out, "out", ScalarType::Short, weights) : nullptr;
   call.out_scale = out_scale ? checked<float>(*out_scale, "out_scale", kFloat, call.value_width) : nullptr;
@@ -101,7 +103,8 @@ Tensor vote_float32_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(dmv_fast, library) {
   library.def(
       "vote_float32_cpu(Tensor values, Tensor null_value, Tensor query_part, Tensor indices, Tensor scores, Tensor to_q,"
-      " Tensor q_bias, Tensor mix, Tensor mix_bias, Tensor out, Tensor? out_scale, Tensor out_bias, float epsilon) -> Tensor");
+      " Tensor q_bias, Tensor mix, Tensor mix_bias, Tensor out, Tensor? out_scale, Tensor out_bias, float epsilon)"
+      " -> Tensor");
   library.def("vote_float32_cpu_runs() -> bool");
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from threads import on_threads
-from vote_cases import C, as_candidates, error, exactly, fused_float32, make_weights, offset_logits
+from vote_cases import GOOD, C, as_candidates, error, exactly, fused_float32, make_weights, offset_logits
 
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.ops import available_backends
@@ -158,15 +158,6 @@ def test_network_of_float32_votes_by_it(monkeypatch, products):
 def test_another_backend_gathers_rows(backend):
     vote = fused_vote(make_weights(), torch.float32, CPU, backend=backend)
     assert isinstance(vote, RowVote if backend == "reference" else SpreadVote)
-
-
-GOOD = {
-    "values": torch.zeros(1, 7, 13 * C), "null_value": torch.zeros(13 * C),
-    "query_part": torch.zeros(1, 9, C),
-    "indices": torch.zeros(1, 9, 4, dtype=torch.int32), "scores": torch.ones(1, 9, 4),
-    "to_q": torch.zeros(128 * C), "q_bias": torch.zeros(128), "mix": torch.zeros(2 * C * C),
-    "mix_bias": torch.zeros(C), "out": torch.zeros(32 * C), "out_scale": None, "out_bias": torch.zeros(32),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from threads import on_threads
-from vote_cases import C, as_candidates, error, exactly, fused_float32, make_weights
+from vote_cases import GOOD, C, as_candidates, error, exactly, fused_float32, make_weights
 
 from dmv_fast.model.dmv import DMV, DMVConfig
 from dmv_fast.runtime.convolution import int16_runs
@@ -102,14 +102,7 @@ def test_network_of_whole_numbers_votes_by_it():
     assert 3e-6 < error(found, vote_plain(rows, fold_vote(model.read))) < 3e-4
 
 
-ARGUMENTS = {
-    "values": torch.zeros(1, 7, 13 * C), "null_value": torch.zeros(13 * C),
-    "query_part": torch.zeros(1, 9, C),
-    "indices": torch.zeros(1, 9, 4, dtype=torch.int32), "scores": torch.ones(1, 9, 4),
-    "to_q": torch.zeros(128 * C), "q_bias": torch.zeros(128), "mix": torch.zeros(2 * C * C),
-    "mix_bias": torch.zeros(C), "out": torch.zeros(32 * C, dtype=torch.int16), "out_scale": torch.ones(32),
-    "out_bias": torch.zeros(32),
-}  # fmt: skip
+ARGUMENTS = {**GOOD, "out": torch.zeros(32 * C, dtype=torch.int16), "out_scale": torch.ones(32)}
 
 
 @needs_int16

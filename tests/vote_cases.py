@@ -10,6 +10,13 @@ from dmv_fast.runtime.parts import Products
 from dmv_fast.runtime.vote import Chosen, RowVote, SpreadVote, fused_vote, vote_plain
 
 C = 64
+GOOD = {  # arguments of vote_float32_cpu, but for the last
+    "values": torch.zeros(1, 7, 13 * C), "null_value": torch.zeros(13 * C),
+    "query_part": torch.zeros(1, 9, C),
+    "indices": torch.zeros(1, 9, 4, dtype=torch.int32), "scores": torch.ones(1, 9, 4),
+    "to_q": torch.zeros(128 * C), "q_bias": torch.zeros(128), "mix": torch.zeros(2 * C * C),
+    "mix_bias": torch.zeros(C), "out": torch.zeros(32 * C), "out_scale": None, "out_bias": torch.zeros(32),
+}  # fmt: skip
 
 
 def make_weights(heads: int = 4, value_width: int = 256, seed: int = 0) -> VoteWeights:
