@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 
 import cv2
@@ -228,7 +229,7 @@ def test_version(capsys):
 @pytest.mark.parametrize("command", ["track", "eval", "annotate", "bench", "export"])
 def test_k_is_spelled_alike_everywhere(command, capsys):
     assert main([command, "--help"]) == 0
-    assert "-k K, --k K" in capsys.readouterr().out
+    assert re.search(r"-k( K)?, --k K", capsys.readouterr().out)  # Python 3.13 names K once
 
 
 def test_an_unknown_option_points_to_its_command(capsys):
